@@ -1,0 +1,35 @@
+"""fewbit compresses language models to 3 and 4 bits and runs them fast.
+
+`fewbit.quantize` makes a checkpoint, `fewbit.load` gives it back as a transformers model. Importing
+the package makes transformers know the format.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fewbit.integrations.on_import import register_with_transformers
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fewbit.loading import load
+    from fewbit.pipeline.options import QuantizeOptions
+    from fewbit.pipeline.run import quantize
+
+_PUBLIC = {
+    "load": "fewbit.loading",
+    "quantize": "fewbit.pipeline.run",
+    "QuantizeOptions": "fewbit.pipeline.options",
+}
+
+__all__ = ["QuantizeOptions", "__version__", "load", "quantize"]
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'fewbit' has no attribute '{name}'")

@@ -1,0 +1,20 @@
+// Which instruction sets this build has and this machine can run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace fewbit {
+
+// Names, plainest first; the last one is the default.
+std::vector<std::string> available_isas();
+
+// The kernels in use.
+const Kernels& kernels();
+
+// Use the kernels of that name from now on; throws std::invalid_argument if this machine or build lacks them.
+void select_isa(const std::string& name);
+
+}  // namespace fewbit

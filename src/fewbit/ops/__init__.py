@@ -1,0 +1,1 @@
+"""Operators and the native extension behind them."""
