@@ -1,0 +1,1 @@
+"""Rotations, rounding with error feedback, and what else is plain mathematics."""

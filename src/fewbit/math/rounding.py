@@ -1,0 +1,151 @@
+"""Rounding with error feedback (LDLQ, the same recursion as GPTQ): what one column loses, later columns repay.
+
+Holds the factor of the inverse Hessian, the recursion inside a group of columns, and the driver that
+runs any format over a whole matrix; how a column is rounded is the format's business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
+
+if TYPE_CHECKING:
+    from fewbit.formats.base import Format, TensorSpec
+
+MAX_DAMPING = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix: the stored `parts`, the float32 `values [rows, cols]` they decode to (still
+    rotated where the format rotates), and `relative_error` = |values - W|^2 / |W|^2."""
+
+    parts: dict[str, torch.Tensor]
+    values: torch.Tensor
+    relative_error: float
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    """The upper triangular `U` with `U' U = (H + damping * mean(diag H) * I)^-1`, float32 `[K, K]`.
+
+    `hessian` is the second moment of the (rotated) inputs, symmetric `[K, K]`, any floating type; the
+    arithmetic is float64. Inputs that were never active (zero diagonal) are detached from the others, so
+    that they neither cause nor receive feedback. Where the damped matrix is not positive definite the
+    damping grows tenfold, up to `MAX_DAMPING`, with a warning that says which value was used. Raises
+    `FewbitError` for a matrix with NaN or infinity, or one that no damping makes positive definite.
+    """
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise UsageError(f"a Hessian is a square matrix, not {tuple(hessian.shape)}")
+    if damping <= 0:
+        raise UsageError(f"the damping must be positive, not {damping}; the usual value is 0.01")
+    if not bool(torch.isfinite(hessian).all()):
+        raise FewbitError(
+            "the Hessian holds NaN or infinity: an activation overflowed during calibration; "
+            "calibrate in float32 or bfloat16, or with other texts"
+        )
+    # Reversed in both axes, the lower factor of H becomes an upper one, M M' = H, and U = M^-1: one
+    # factorization and one triangular solve, and H is never inverted.
+    reverse = hessian.double().flip(0, 1)
+    diagonal = reverse.diagonal()
+    dead = diagonal <= 0
+    level = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    reverse[dead, :] = 0.0
+    reverse[:, dead] = 0.0
+    diagonal[dead] = level
+    lower = _damped_cholesky(reverse, level, damping)
+    del reverse
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(lower.shape[0], dtype=lower.dtype), upper=False)
+    return inverse.flip(0, 1).float().contiguous()
+
+
+def _damped_cholesky(matrix: torch.Tensor, level: float, damping: float) -> torch.Tensor:
+    """The lower factor of `matrix` + damping * level * I, in place; raises the damping where it has to."""
+    first, applied = damping, 0.0
+    while True:
+        matrix.diagonal().add_((damping - applied) * level)
+        applied = damping
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            if damping != first:
+                _log.warning("Hessian not positive definite at damping %g; used %g", first, damping)
+            return lower
+        if damping >= MAX_DAMPING:
+            raise FewbitError(
+                f"the Hessian [{matrix.shape[0]}, {matrix.shape[0]}] is not positive definite even with damping "
+                f"{damping:g}: it is not a second moment; delete its statistics and calibrate again"
+            )
+        damping = min(damping * 10.0, MAX_DAMPING)
+
+
+def round_in_chunks(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    width: int,
+    quantize: Callable[[int, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Error feedback inside one group of columns, `width` columns at a time.
+
+    `weight` is float32 `[rows, group]`, `factor` the upper triangular `U [group, group]`. `quantize(start,
+    chunk)` gets the columns from `start` on as they stand after feedback, `[rows, width]`, and returns the
+    values they are rounded to. Returns `values` and the feedback `E` with `E U = weight - values`, both
+    `[rows, group]`.
+    """
+    # Transposed, so that a chunk of columns and everything still to come are contiguous.
+    remaining = weight.t().contiguous()
+    if remaining.data_ptr() == weight.data_ptr():
+        remaining = remaining.clone()
+    values = torch.empty_like(remaining)
+    error = torch.empty_like(remaining)
+    for start in range(0, remaining.shape[0], width):
+        stop = start + width
+        rounded = quantize(start, remaining[start:stop].t()).t()
+        values[start:stop] = rounded
+        loss = remaining[start:stop] - rounded
+        error[start:stop] = torch.linalg.solve_triangular(factor[start:stop, start:stop].t(), loss, upper=False)
+        remaining[stop:].addmm_(factor[start:stop, stop:].t(), error[start:stop], alpha=-1.0)
+    return values.t().contiguous(), error.t().contiguous()
+
+
+def quantize_rotated(
+    fmt: Format, weight: torch.Tensor, spec: TensorSpec, factor: torch.Tensor | None = None
+) -> Quantized:
+    """Quantize a matrix that is already rotated where the format asks for it.
+
+    `weight` is `[rows, cols]` of any floating type, `factor` the `U [cols, cols]` of `inverse_factor` in the
+    same basis as the weight, or None for plain rounding. Goes over the groups of columns in order; with a
+    factor, every group's error is subtracted from the columns still to come (LDLQ, arXiv 2307.13304;
+    GPTQ, arXiv 2210.17323). Raises `NonFiniteWeights` for NaN or infinity, `UsageError` where shapes disagree.
+    """
+    if tuple(weight.shape) != (spec.rows, spec.cols):
+        raise UsageError(f"the plan says [{spec.rows}, {spec.cols}], the weight is {list(weight.shape)}")
+    if factor is not None and tuple(factor.shape) != (spec.cols, spec.cols):
+        raise UsageError(f"the factor must be [{spec.cols}, {spec.cols}], it is {list(factor.shape)}")
+    original = weight.float()
+    if not bool(torch.isfinite(original).all()):
+        raise NonFiniteWeights("the weight holds NaN or infinity; mend the source checkpoint, or leave the tensor out")
+    current = original if factor is None else original.clone()
+    tensor_scale = fmt.tensor_scale(original, spec)
+    groups = []
+    lost = 0.0
+    for start in range(0, spec.cols, spec.group):
+        stop = start + spec.group
+        inside = None if factor is None else factor[start:stop, start:stop]
+        encoded = fmt.encode_group(current[:, start:stop], spec, tensor_scale, inside)
+        if factor is not None and stop < spec.cols:
+            if encoded.error is None:
+                raise FewbitError(f"format {spec.format} returned no feedback although it was given a factor")
+            current[:, stop:].addmm_(encoded.error, factor[start:stop, stop:], alpha=-1.0)
+        lost += float((encoded.values - original[:, start:stop]).double().square().sum())
+        groups.append(encoded)
+    total = float(original.double().square().sum())
+    values = torch.cat([encoded.values for encoded in groups], dim=1)
+    parts = fmt.assemble(groups, spec, tensor_scale)
+    return Quantized(parts, values, lost / total if total > 0.0 else 0.0)
