@@ -1,0 +1,128 @@
+"""What every weight format provides, and the table of formats.
+
+A format is one file: how many bytes a tensor takes, how one group of columns is encoded, and how stored
+parts become weights again. Formats work on float32 weights that are already rotated where the format
+asks for it; they read and write no files and know nothing about models.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from fewbit.errors import UnsupportedShape, UsageError
+from fewbit.math.hadamard import MIN_BLOCK, rotation_block, scale_group
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one weight matrix `[rows, cols]` is stored.
+
+    `block` is the rotation block along the inputs (1: not rotated) and `group` the number of inputs
+    that share one scale.
+    """
+
+    format: str
+    bits: int
+    rows: int
+    cols: int
+    block: int
+    group: int
+
+    @property
+    def groups(self) -> int:
+        return self.cols // self.group
+
+
+@dataclass
+class EncodedGroup:
+    """One group of columns, encoded.
+
+    `parts` are the stored fields of this group; `values` the weights they decode to, float32
+    `[rows, group]`; `error` the feedback `E [rows, group]` with `E U = (weights - values)` that error
+    feedback carries to the columns still to come (None without a factor `U`).
+    """
+
+    parts: dict[str, torch.Tensor]
+    values: torch.Tensor
+    error: torch.Tensor | None
+
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Format(ABC):
+    """One way to store a weight matrix."""
+
+    name: str
+    bits: tuple[int, ...]
+    rotated: bool = True
+    group_limit: int = 256
+
+    def spec(self, rows: int, cols: int, bits: int) -> TensorSpec:
+        """The storage of a `[rows, cols]` matrix; raises `UnsupportedShape` where it does not fit."""
+        if bits not in self.bits:
+            raise UsageError(f"format {self.name} stores {self.bits} bits, not {bits}")
+        if rows < 1 or cols < 1:
+            raise UsageError(f"a matrix of {rows} x {cols} cannot be stored")
+        block = rotation_block(cols)
+        if block < MIN_BLOCK:
+            raise UnsupportedShape(
+                f"{cols} inputs are not a multiple of {MIN_BLOCK}, the smallest rotation block; kept in 16 bits"
+            )
+        group = scale_group(cols, block, self.group_limit)
+        return TensorSpec(self.name, bits, rows, cols, block if self.rotated else 1, group)
+
+    @abstractmethod
+    def layout(self, spec: TensorSpec) -> Layout:
+        """Shape and dtype of every stored part."""
+
+    def tensor_scale(self, weight: torch.Tensor, spec: TensorSpec) -> float:
+        """The factor that all scales of this tensor share (1 where the format stores none)."""
+        return 1.0
+
+    @abstractmethod
+    def encode_group(
+        self, weight: torch.Tensor, spec: TensorSpec, tensor_scale: float, factor: torch.Tensor | None
+    ) -> EncodedGroup:
+        """Encode one group of columns.
+
+        `weight` is float32 `[rows, group]`; `factor` is the upper triangular `U [group, group]` of the
+        inverse Hessian's Cholesky factor restricted to these columns, or None for plain rounding.
+        """
+
+    @abstractmethod
+    def assemble(self, groups: list[EncodedGroup], spec: TensorSpec, tensor_scale: float) -> dict[str, torch.Tensor]:
+        """Join the groups, in order along the inputs, into the parts that `layout` names."""
+
+    @abstractmethod
+    def dequantize(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
+        """Stored parts to float32 weights `[rows, cols]`, still rotated where the format rotates."""
+
+    def dequantize_rows(self, parts: dict[str, torch.Tensor], spec: TensorSpec, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows (int64 `[n]`) as float32 `[n, cols]`, still rotated; the default decodes everything."""
+        return self.dequantize(parts, spec)[rows]
+
+    def storage_bytes(self, spec: TensorSpec) -> int:
+        total = 0
+        for shape, dtype in self.layout(spec).values():
+            total += torch.Size(shape).numel() * dtype.itemsize
+        return total
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register(format_class: type[Format]) -> type[Format]:
+    """Class decorator: enter a format into the table under its name."""
+    _FORMATS[format_class.name] = format_class()
+    return format_class
+
+
+def get_format(name: str) -> Format:
+    """The format of that name; raises `UsageError` with the known names."""
+    if name not in _FORMATS:
+        raise UsageError(f"unknown format '{name}': known are {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[name]
