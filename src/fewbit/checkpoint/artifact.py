@@ -1,0 +1,214 @@
+"""A finished fewbit checkpoint on disk: opening it, checking it, describing it.
+
+A checkpoint is a Hugging Face directory whose `config.json` carries a `quantization_config` with one
+entry per quantized module, and whose `fewbit.json` records hashes and errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fewbit.checkpoint.store import FORMAT_VERSION, read_json, tensors_hash
+from fewbit.errors import CorruptFile, FewbitError, UsageError
+from fewbit.formats import TensorSpec, get_format
+from fewbit.formats.base import Layout
+
+MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """One quantized module as `config.json` describes it."""
+
+    name: str
+    spec: TensorSpec
+    kind: str
+
+    def layout(self) -> Layout:
+        """Stored parts with shapes and dtypes, the packed signs of a rotated tensor included."""
+        layout = dict(get_format(self.spec.format).layout(self.spec))
+        if self.spec.block > 1:
+            layout["signs"] = ((-(-self.spec.cols // 8),), torch.uint8)
+        return layout
+
+
+def modules_to_json(modules: list[QuantizedModule]) -> dict[str, Any]:
+    return {module.name: {"kind": module.kind, **asdict(module.spec)} for module in modules}
+
+
+def modules_from_json(data: dict[str, Any]) -> dict[str, QuantizedModule]:
+    """Parse and validate the `modules` table of a quantization config; raises `CorruptFile`."""
+    modules = {}
+    for name, entry in data.items():
+        try:
+            fields = dict(entry)
+            kind = fields.pop("kind")
+            spec = TensorSpec(**fields)
+            expected = get_format(spec.format).spec(spec.rows, spec.cols, spec.bits)
+        except (TypeError, KeyError, ValueError, FewbitError) as error:
+            raise CorruptFile(f"{name}: its entry in quantization_config is not valid ({error})") from error
+        if spec != expected:
+            raise CorruptFile(f"{name}: {spec} disagrees with what {spec.format} prescribes, {expected}")
+        modules[name] = QuantizedModule(name, spec, kind)
+    return modules
+
+
+def check_version(quantization_config: dict[str, Any]) -> None:
+    """Refuse checkpoints of a format version this release does not know."""
+    version = quantization_config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FewbitError(
+            f"the checkpoint has format version {version}, this release reads version {FORMAT_VERSION}; "
+            "install the fewbit release that wrote it"
+        )
+
+
+class Artifact:
+    """Read access to a finished checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / "config.json")
+        self.quantization = self.config.get("quantization_config") or {}
+        check_version(self.quantization)
+        self.modules = modules_from_json(self.quantization.get("modules", {}))
+        self.record = read_json(path / "fewbit.json")
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """Open a checkpoint directory; raises `UsageError` for anything else, with the remedy."""
+        path = Path(path)
+        if not path.exists():
+            raise UsageError(f"{path} does not exist")
+        if not is_artifact(path):
+            raise UsageError(f"{path} is not a fewbit checkpoint; make one with: fewbit quantize {path} OUT")
+        return cls(path)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Tensor name to file name, from the index or the single file; paths must stay inside."""
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            single = self.path / "model.safetensors"
+            if not single.exists():
+                raise CorruptFile(f"{self.path} holds no model.safetensors; copy the checkpoint again")
+            return dict.fromkeys(_safe_keys(single), single.name)
+        weight_map = read_json(index).get("weight_map", {})
+        for name in set(weight_map.values()):
+            if Path(name).name != name or not (self.path / name).is_file():
+                raise CorruptFile(f"{index}: shard '{name}' is not a file of this directory")
+        return dict(weight_map)
+
+    def tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Read some tensors by their full names."""
+        found = {}
+        for file in sorted({self.files[name] for name in names if name in self.files}):
+            with _open(self.path / file) as handle:
+                for name in names:
+                    if self.files.get(name) == file:
+                        found[name] = _get(handle, name, self.path / file)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise CorruptFile(f"{self.path} lacks the tensor {missing[0]}; copy the checkpoint again")
+        return found
+
+    def parts(self, module: QuantizedModule) -> dict[str, torch.Tensor]:
+        """The stored parts of a module, checked against its layout."""
+        layout = module.layout()
+        tensors = self.tensors([f"{module.name}.{part}" for part in layout])
+        parts = {name.removeprefix(f"{module.name}."): tensor for name, tensor in tensors.items()}
+        for part, (shape, dtype) in layout.items():
+            tensor = parts[part]
+            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+                raise CorruptFile(
+                    f"{module.name}.{part}: {tensor.dtype} {tuple(tensor.shape)} where the format has "
+                    f"{dtype} {tuple(shape)}; copy the checkpoint again"
+                )
+        return parts
+
+    def inspect(self) -> dict[str, Any]:
+        """What the checkpoint holds, as `fewbit inspect --json` prints it."""
+        tensors = self.record["tensors"]
+        sizes: dict[str, list[int]] = {}
+        for entry in tensors:
+            for kind in {entry["kind"], "total"}:
+                total = sizes.setdefault(kind, [0, 0])
+                total[0] += entry["bytes"]
+                total[1] += entry["weights"]
+        ratio = {kind: 8 * size / weights for kind, (size, weights) in sizes.items()}
+        return {
+            "path": str(self.path),
+            "model_type": self.config.get("model_type"),
+            "bits_per_weight": {"body": ratio.get("body", 0.0), "total": ratio["total"]},
+            "bytes": sizes["total"][0],
+            "weights": sizes["total"][1],
+            "options": self.record["options"],
+            "tensors": tensors,
+        }
+
+    def verify(self) -> Iterator[tuple[str, str]]:
+        """Check every tensor; yields (tensor, problem) with an empty problem where all is well."""
+        recorded = {entry["name"]: entry for entry in self.record["tensors"]}
+        for name, entry in recorded.items():
+            module = self.modules.get(name.removesuffix(".weight")) if entry["format"] else None
+            try:
+                tensors = self.parts(module) if module else self.tensors([name])
+                problem = "" if tensors_hash(tensors) == entry["sha256"] else "its bytes differ from those written"
+                if module and not problem:
+                    problem = _decode_problem(module, tensors)
+            except CorruptFile as error:
+                problem = str(error)
+            yield name, problem
+
+
+def _decode_problem(module: QuantizedModule, parts: dict[str, torch.Tensor]) -> str:
+    values = get_format(module.spec.format).dequantize(parts, module.spec)
+    return "" if torch.isfinite(values).all() else "it decodes to NaN or infinity"
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a directory is a finished fewbit checkpoint."""
+    config = path / "config.json"
+    if not config.is_file() or not (path / "fewbit.json").is_file():
+        return False
+    try:
+        method = json.loads(config.read_text()).get("quantization_config", {}).get("quant_method")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return False
+    return bool(method == "fewbit")
+
+
+def check_header(path: Path) -> None:
+    """Refuse safetensors files whose header is larger than any honest one."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise CorruptFile(f"{path}: a header of {size} bytes exceeds the limit of {MAX_HEADER_BYTES}")
+
+
+def _open(path: Path) -> Any:
+    check_header(path)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{path} is damaged ({error}); copy the checkpoint again") from error
+
+
+def _get(handle: Any, name: str, path: Path) -> torch.Tensor:
+    try:
+        return handle.get_tensor(name)
+    except SafetensorError as error:
+        raise CorruptFile(f"{path}: tensor {name} cannot be read ({error})") from error
+
+
+def _safe_keys(path: Path) -> list[str]:
+    with _open(path) as handle:
+        return list(handle.keys())

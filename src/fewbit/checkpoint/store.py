@@ -1,0 +1,134 @@
+"""Writes and reads the files of a run: shards during it, the finished checkpoint at its end.
+
+Everything is safetensors and JSON, and a file appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fewbit.errors import CorruptFile, FewbitError
+
+FORMAT_VERSION = 1
+SHARD_LIMIT = 4 << 30
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into an error a user understands."""
+    try:
+        yield
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "free some space or write to another disk; the run continues where it stopped",
+            errno.EACCES: "choose a directory you may write to",
+            errno.EROFS: "choose a directory that is not read-only",
+        }
+        remedy = remedies.get(error.errno or 0, "check the path")
+        raise FewbitError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+    except SafetensorError as error:
+        # safetensors wraps the operating system's error into text.
+        raise FewbitError(f"cannot write {path}: {error}; free some space or write to another disk") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        partial.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+        os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises `CorruptFile` where the file is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFile(f"{path} is not valid JSON ({error}); make the checkpoint again") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file under a temporary name, then rename."""
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a file and its metadata; raises `CorruptFile` where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{path} is damaged ({error}); delete it and run again") from error
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+class ShardedWriter:
+    """Collects tensors into `model*.safetensors` files of bounded size, with the usual index when several."""
+
+    def __init__(self, directory: Path, limit: int = SHARD_LIMIT) -> None:
+        self._directory = directory
+        self._limit = limit
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._total = 0
+        self._files: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._limit:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+        self._total += size
+
+    def _part(self, index: int) -> Path:
+        return self._directory / f"part-{index:05d}.safetensors"
+
+    def _flush(self) -> None:
+        write_tensors(self._part(len(self._files)), self._pending, {"format": "pt"})
+        self._files.append(sorted(self._pending))
+        self._pending = {}
+        self._pending_bytes = 0
+
+    def close(self) -> None:
+        """Write what is left, give the files their final names and write the index."""
+        if self._pending:
+            self._flush()
+        count = len(self._files)
+        if count == 1:
+            os.replace(self._part(0), self._directory / "model.safetensors")
+            return
+        weight_map = {}
+        for index, names in enumerate(self._files):
+            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._part(index), self._directory / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index_data = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        write_json(self._directory / "model.safetensors.index.json", index_data)

@@ -1,0 +1,75 @@
+"""What the pipeline has to know about a model family, and the table of families.
+
+A family says where its linears, norms, embedding and head are, which linears read the same input and
+which norm feeds them. Everything else comes from the model's own code in transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Linears of one decoder layer that read the same activations (names relative to the layer).
+
+    `norm` is the RMSNorm whose output they read, None off the residual stream. `writes_residual` holds
+    where the outputs are added to the residual stream.
+    """
+
+    linears: tuple[str, ...]
+    norm: str | None = None
+    writes_residual: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where things are in a family's transformers implementation.
+
+    `gguf_arch` is the architecture name in GGUF files; `gguf_permuted` says that query and key rows
+    are stored there in the interleaved rotary order.
+    """
+
+    model_types: tuple[str, ...]
+    inputs: tuple[SharedInput, ...]
+    layers: str = "model.layers"
+    embed: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    gguf_arch: tuple[str, ...] = ()
+    gguf_permuted: bool = False
+
+
+LLAMA_INPUTS = (
+    SharedInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
+    SharedInput(("self_attn.o_proj",), writes_residual=True),
+    SharedInput(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
+    SharedInput(("mlp.down_proj",), writes_residual=True),
+)
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Enter a family into the table under each of its transformers model types."""
+    for model_type in family.model_types:
+        _FAMILIES[model_type] = family
+    return family
+
+
+def get_family(model_type: str) -> Family:
+    """The family of a transformers `model_type`; raises `UsageError` with the known ones."""
+    if model_type not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        raise UsageError(
+            f"model type '{model_type}' is not known: known are {known}; "
+            "a new family is one short file in fewbit/models (docs/add-a-model.md)"
+        )
+    return _FAMILIES[model_type]
+
+
+def families() -> tuple[Family, ...]:
+    """Every registered family once."""
+    return tuple(dict.fromkeys(_FAMILIES.values()))

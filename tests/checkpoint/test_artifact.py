@@ -1,0 +1,127 @@
+"""Finished checkpoints: what verify finds, and what opening refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewbit.checkpoint.artifact import Artifact
+from fewbit.errors import CorruptFile, FewbitError, UsageError
+from fewbit.loading import load
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.run import quantize
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("checkpoints") / "out"
+    quantize(tiny_models["biased"], out, QuantizeOptions(rounding="nearest"))
+    return out
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def edit_config(path, change) -> None:
+    config = json.loads((path / "config.json").read_text())
+    change(config["quantization_config"])
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(path, change) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def test_a_fresh_checkpoint_verifies(checkpoint):
+    assert [problem for _, problem in Artifact.open(checkpoint).verify() if problem] == []
+
+
+def test_one_flipped_bit_is_found_and_named(copy):
+    def flip(tensors):
+        tensors["model.layers.1.mlp.up_proj.codes"][0, 5] ^= 1
+
+    edit_tensors(copy, flip)
+    problems = {name: problem for name, problem in Artifact.open(copy).verify() if problem}
+    assert list(problems) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_a_missing_tensor_is_found_by_verify_and_refused_by_load(copy):
+    edit_tensors(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.scales"))
+    assert any("scales" in problem for _, problem in Artifact.open(copy).verify())
+    with pytest.raises(CorruptFile, match=r"model.layers.1.mlp.up_proj.scales"):
+        load(copy)
+
+
+def test_a_part_of_another_dtype_is_refused(copy):
+    def widen(tensors):
+        tensors["model.layers.1.mlp.up_proj.scales"] = tensors["model.layers.1.mlp.up_proj.scales"].float()
+
+    edit_tensors(copy, widen)
+    artifact = Artifact.open(copy)
+    with pytest.raises(CorruptFile, match="float32"):
+        artifact.parts(artifact.modules["model.layers.1.mlp.up_proj"])
+
+
+def test_an_unknown_version_is_refused_with_the_remedy(copy):
+    edit_config(copy, lambda quantization: quantization.update(format_version=2))
+    with pytest.raises(FewbitError, match="format version 2"):
+        Artifact.open(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"group": 128}, {"bits": 9}, {"format": "magic"}, {"rows": -1}, {"cols": "64"}, {"extra": 1}, {"block": 3}],
+)
+def test_an_entry_that_no_format_prescribes_is_refused(copy, change):
+    edit_config(copy, lambda quantization: quantization["modules"]["model.layers.0.mlp.up_proj"].update(change))
+    with pytest.raises(CorruptFile, match=r"model.layers.0.mlp.up_proj"):
+        Artifact.open(copy)
+
+
+def test_shard_paths_may_not_leave_the_directory(copy):
+    index = {"weight_map": {"lm_head.codes": "../elsewhere.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CorruptFile, match="not a file of this directory"):
+        _ = Artifact.open(copy).files
+
+
+def test_a_header_larger_than_any_honest_one_is_refused(copy):
+    (copy / "model.safetensors").write_bytes((200 << 20).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CorruptFile, match="exceeds the limit"):
+        _ = Artifact.open(copy).files
+
+
+def test_a_truncated_file_is_refused(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CorruptFile, match="damaged"):
+        _ = Artifact.open(copy).files
+
+
+def test_other_directories_are_refused_with_the_remedy(tiny_models, tmp_path):
+    with pytest.raises(UsageError, match="fewbit quantize"):
+        Artifact.open(tiny_models["tied"])
+    with pytest.raises(UsageError, match="does not exist"):
+        Artifact.open(tmp_path / "nothing")
+
+
+def test_several_shards_load_like_one(tiny_models, tmp_path, monkeypatch):
+    from fewbit.pipeline import finish
+
+    options = QuantizeOptions(rounding="nearest")
+    quantize(tiny_models["tied"], tmp_path / "one", options)
+    writer = finish.ShardedWriter
+    monkeypatch.setattr(finish, "ShardedWriter", lambda directory: writer(directory, limit=20_000))
+    quantize(tiny_models["tied"], tmp_path / "many", options)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    ids = torch.arange(20)[None] + 5
+    logits = [load(tmp_path / name, torch.float32)[0](ids).logits for name in ("one", "many")]
+    assert torch.equal(*logits)

