@@ -1,0 +1,329 @@
+"""The command line: one verb per thing a user wants.
+
+Verbs import what they need when they run, so that help and errors come at once. Exit codes: 0 fine,
+1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbit import __version__
+from fewbit.console import human_bytes, human_seconds, print_json, progress_bars, stderr, stdout, table
+from fewbit.errors import FewbitError, UsageError
+
+app = typer.Typer(
+    help="Compress a language model's weights to 3 or 4 bits, measure what it cost, and run the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="A fewbit checkpoint directory.")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write; it appears when everything is complete.")],
+    format_: Annotated[str, typer.Option("--format", help="The format; itq3_s is the one there is.")] = "itq3_s",
+    code: Annotated[str, typer.Option(help="trellis (the product), or ternary, iq3_s, lloyd8 (controls).")] = "trellis",
+    bits: Annotated[int, typer.Option(help="Bits of the decoder layers' weights: 2, 3 or 4 for the trellis.")] = 3,
+    head: Annotated[str, typer.Option(help="Output head and embeddings: itq4, itq3, int8 or bf16.")] = "itq4",
+    rounding: Annotated[str, typer.Option(help="ldlq (error feedback from calibration text) or nearest.")] = "ldlq",
+    calib: Annotated[
+        list[Path] | None,
+        typer.Option("--calib", help="Calibration text, UTF-8; repeatable. Default: web and Wikipedia text, fetched."),
+    ] = None,
+    calib_tokens: Annotated[int, typer.Option(help="Token budget over all calibration files.")] = 65536,
+    calib_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
+    calib_dtype: Annotated[
+        str, typer.Option(help="Matrix products of calibration: auto, bfloat16 or float32.")
+    ] = "auto",
+    damping: Annotated[float, typer.Option(help="Hessian damping, relative to its mean diagonal.")] = 0.01,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again, and replace an existing output.")] = False,
+    json_: Json = False,
+) -> None:
+    """Compress MODEL into the directory OUT. An interrupted run continues where it stopped."""
+    from fewbit.pipeline.options import QuantizeOptions
+    from fewbit.pipeline.run import prepare
+    from fewbit.pipeline.run import quantize as run
+
+    if format_ != "itq3_s":
+        raise UsageError(f"unknown format '{format_}': this release writes itq3_s")
+    options = QuantizeOptions(
+        code=code,
+        bits=bits,
+        head=head,
+        rounding=rounding,
+        calib_tokens=calib_tokens,
+        calib_window=calib_window,
+        calib_dtype=calib_dtype,
+        damping=damping,
+    )
+    files = calib or (_default_calibration() if rounding == "ldlq" else [])
+    if dry_run:
+        _, plan, _ = prepare(model, options, files)
+        if json_:
+            print_json(plan.to_json())
+        else:
+            _print_plan(plan)
+        return
+    with progress_bars(lines=not json_) as bars:
+        result = run(model, out, options, files, fresh, bars)
+    if json_:
+        print_json(result.to_json())
+        return
+    stdout.print(
+        f"{result.output}: {human_bytes(result.bytes)}, {result.bits_per_weight['body']:.3f} bits per weight in the "
+        f"layers, {result.bits_per_weight['total']:.3f} over everything, mean error {result.mean_relative_error:.4f}; "
+        f"{human_seconds(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}"
+        + (f", {result.resumed_tensors} tensors from an earlier run" if result.resumed_tensors else "")
+    )
+    stdout.print(f"Try it: fewbit generate {result.output} -p 'Once upon a time'")
+
+
+def _default_calibration() -> list[Path]:
+    from fewbit.assets import fetch_text
+
+    with progress_bars() as bars:
+        return [fetch_text(name, progress=bars.fetch) for name in ("c4.calib", "wiki.calib")]
+
+
+def _print_plan(plan: Any) -> None:
+    rows: dict[tuple[str, str], list[int]] = {}
+    for tensor in plan.tensors:
+        stored = f"{tensor.spec.format}, {tensor.spec.bits} bits" if tensor.spec else f"{tensor.dtype}: {tensor.reason}"
+        total = rows.setdefault((tensor.kind, stored), [0, 0, 0])
+        total[0] += 1
+        total[1] += tensor.weights
+        total[2] += tensor.bytes
+    lines = [
+        [kind, stored, str(count), f"{weights / 1e6:.2f} M", human_bytes(size), f"{8 * size / weights:.3f}"]
+        for (kind, stored), (count, weights, size) in rows.items()
+    ]
+    totals = plan.totals()
+    lines.append(
+        ["all", "", str(len(plan.tensors)), f"{totals['weights'] / 1e6:.2f} M", human_bytes(totals["bytes"]),
+         f"{totals['bits_per_weight']['total']:.3f}"]
+    )  # fmt: skip
+    stdout.print(table("Plan", ["tensors", "stored as", "count", "weights", "size", "bits/weight"], lines, 2))
+
+
+@app.command()
+def inspect(path: Checkpoint, json_: Json = False) -> None:
+    """Show what a checkpoint holds: every tensor with its bits and its error."""
+    from fewbit.checkpoint.artifact import Artifact
+
+    report = Artifact.open(path).inspect()
+    if json_:
+        print_json(report)
+        return
+    rows = []
+    for entry in report["tensors"]:
+        stored = f"{entry['format']}, {entry['bits']} bits" if entry["format"] else f"{entry['dtype']}"
+        error = f"{entry['relative_error']:.4f}" if entry["format"] else ""
+        shape = " x ".join(map(str, entry["shape"]))
+        rows.append([entry["name"], stored, shape, f"{8 * entry['bytes'] / entry['weights']:.3f}", error])
+    stdout.print(table(str(path), ["tensor", "stored as", "shape", "bits/weight", "error"], rows, 2))
+    bits = report["bits_per_weight"]
+    stdout.print(
+        f"{human_bytes(report['bytes'])} for {report['weights'] / 1e6:.2f} M weights: "
+        f"{bits['body']:.3f} bits per weight in the layers, {bits['total']:.3f} over everything",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def verify(path: Checkpoint, json_: Json = False) -> None:
+    """Check every tensor of a checkpoint: present, of the right shape, unchanged, decodable."""
+    from fewbit.checkpoint.artifact import Artifact
+
+    artifact = Artifact.open(path)
+    problems = {}
+    with progress_bars() as bars:
+        bars.stage("checking", len(artifact.record["tensors"]))
+        for name, problem in artifact.verify():
+            if problem:
+                problems[name] = problem
+            bars.advance()
+    checked = len(artifact.record["tensors"])
+    if json_:
+        print_json({"ok": not problems, "tensors": checked, "problems": problems})
+    else:
+        for name, problem in problems.items():
+            stdout.print(f"{name}: {problem}")
+        stdout.print(
+            f"{checked} tensors checked, {len(problems)} damaged" if problems else f"{checked} tensors: all well"
+        )
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def eval_(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A fewbit checkpoint, or any model quantize takes.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: held-out Wikipedia text, fetched.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The full model, for divergence and agreement.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens to evaluate.")] = 20480,
+    dtype: Annotated[str, typer.Option(help="Activations: bfloat16 or float32.")] = "bfloat16",
+    json_: Json = False,
+) -> None:
+    """Perplexity of a model on a text, and its divergence from a reference model."""
+    from fewbit.evaluate import evaluate
+
+    content = _read_text(text)
+    model, tokenizer = _load(path, dtype)
+    full = _load(reference, dtype)[0] if reference else None
+    with progress_bars() as bars:
+        result = evaluate(
+            model, tokenizer, content, full, window=window, tokens=tokens, progress=bars.count("evaluating")
+        )
+    if json_:
+        print_json(result.to_json())
+        return
+    rows = [["perplexity", _plus_minus(result.perplexity, result.perplexity_stderr)]]
+    if result.kl_mean is not None and result.kl_p99 is not None and result.top1_agreement is not None:
+        rows += [
+            ["KL divergence, mean (nats)", f"{result.kl_mean:.4f}"],
+            ["KL divergence, 99 %", f"{result.kl_p99:.4f}"],
+            ["same top token", f"{100 * result.top1_agreement:.2f} %"],
+        ]
+    rows.append(["bits per character", f"{result.bits_per_char:.4f}"])
+    stdout.print(table(str(path), ["", "value"], rows))
+    bos = "with" if result.bos else "without"
+    stdout.print(
+        f"{result.tokens} tokens, window {result.window}, stride {result.stride}, {bos} BOS, {dtype}; "
+        f"text sha256 {result.text_sha256[:16]}"
+    )
+
+
+def _plus_minus(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
+
+
+def _read_text(path: Path | None) -> str:
+    if path is None:
+        from fewbit.assets import fetch_text
+
+        with progress_bars() as bars:
+            path = fetch_text("wiki.eval", progress=bars.fetch)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist; give a UTF-8 text file") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is a directory; give a UTF-8 text file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason})") from error
+
+
+def _load(path: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
+    import torch
+    from transformers.utils import logging
+
+    from fewbit.loading import load_any
+
+    if dtype not in ("bfloat16", "float32"):
+        raise UsageError(f"unknown dtype '{dtype}': choose bfloat16 or float32")
+    logging.disable_progress_bar()
+    return load_any(path, getattr(torch, dtype))
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A fewbit checkpoint, or any model quantize takes.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    json_: Json = False,
+) -> None:
+    """Continue a prompt, streaming the text as it comes."""
+    from fewbit.generation import stream_text
+
+    if max_tokens < 1:
+        raise UsageError("--max-tokens must be at least 1")
+    model, tokenizer = _load(path)
+    result = stream_text(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        on_text=(lambda piece: None) if json_ else lambda piece: print(piece, end="", flush=True),
+    )
+    if json_:
+        print_json(result.to_json())
+        return
+    print()
+    stderr.print(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the checkpoints and the page go.")] = Path("fewbit-demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Quantize again even if the checkpoints are there.")] = False,
+    json_: Json = False,
+) -> None:
+    """A tour on a real 135M model: fetch, plan, compress to 3 bits, measure, generate, draw."""
+    from fewbit.demo import run_demo
+
+    report = run_demo(out, fresh, quiet=json_)
+    if json_:
+        print_json(report)
+
+
+@app.command()
+def info(json_: Json = False) -> None:
+    """Show versions, the instruction sets in use and the known formats and families."""
+    from fewbit.environment import environment
+
+    facts = environment()
+    if json_:
+        print_json(facts)
+        return
+    for key, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        stdout.print(f"{key.replace('_', ' '):<22} {text}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"fewbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a verb; every expected failure is one line on stderr and an exit code."""
+    try:
+        app()
+    except FewbitError as error:
+        stderr.print(f"[red]error:[/red] {_one_line(error)}", soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _one_line(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))

@@ -1,0 +1,105 @@
+"""How the command line talks: progress and prose on stderr, results on stdout.
+
+With `--json` one object is all that stdout gets.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on stdout and nothing else."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def human_bytes(size: float) -> str:
+    """A size with three digits and a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def human_seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], numeric_from: int = 1) -> Table:
+    """A table whose columns from `numeric_from` on are numbers."""
+    result = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if index >= numeric_from else "left")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+class BarProgress:
+    """Draws a bar per stage, and a line per tensor when asked for."""
+
+    def __init__(self, bar: RichProgress, lines: bool) -> None:
+        self._bar = bar
+        self._lines = lines
+        self._task: Any = None
+
+    def stage(self, title: str, total: int) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, visible=False)
+        self._task = self._bar.add_task(title, total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        if self._task is not None:
+            self._bar.advance(self._task, steps)
+
+    def tensor(self, record: dict[str, Any]) -> None:
+        if self._lines:
+            self._bar.console.print(
+                f"{record['tensor']:<52} {record['format']:<8} {record['bits_per_weight']:.3f} bits"
+                f"  error {record['relative_error']:.4f}  {record['seconds']:.2f} s",
+                soft_wrap=True,
+            )
+
+    def fetch(self, what: str, done: int, total: int) -> None:
+        """Parts of a download, as `fewbit.assets` reports them."""
+        self.count(f"fetching {what}")(done, total)
+
+    def count(self, title: str) -> Any:
+        """A `(done, total)` callback that drives a stage of its own."""
+
+        def update(done: int, total: int) -> None:
+            if done == 0:
+                self.stage(title, total)
+            self._bar.update(self._task, completed=done, total=total)
+
+        return update
+
+
+@contextmanager
+def progress_bars(lines: bool = False) -> Iterator[BarProgress]:
+    """Progress on stderr for as long as the block runs."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=stderr) as bar:
+        yield BarProgress(bar, lines)

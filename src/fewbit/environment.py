@@ -1,0 +1,48 @@
+"""What this installation is and what it found on the machine.
+
+Used by `fewbit info` and, in every published result, to say where a figure comes from.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from fewbit import __version__
+from fewbit.formats import format_names
+from fewbit.models import families
+from fewbit.ops.extension import load_native
+
+_PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy")
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, instruction sets, formats and families, ready for JSON."""
+    native = load_native()
+    return {
+        "fewbit": __version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "native_extension": native is not None,
+        "isa": native.isa() if native else "torch",
+        "available_isas": list(native.available_isas()) if native else [],
+        "formats": list(format_names()),
+        "families": sorted(name for family in families() for name in family.model_types),
+    }

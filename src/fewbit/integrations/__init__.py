@@ -1,0 +1,1 @@
+"""fewbit inside other engines: one file per host."""

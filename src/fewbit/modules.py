@@ -1,0 +1,109 @@
+"""The torch modules that stand in for linears and embeddings of a compressed model.
+
+They hold the packed parts as buffers, exactly as stored, and never a full-precision weight between two
+calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbit.checkpoint.artifact import QuantizedModule
+from fewbit.formats import get_format
+from fewbit.math.hadamard import rotate, unpack_signs, unrotate
+
+
+class PackedTensor(nn.Module):
+    """The stored parts of one weight matrix `[N, K]` as buffers."""
+
+    signs: torch.Tensor
+
+    def __init__(self, description: QuantizedModule) -> None:
+        super().__init__()
+        self.description = description
+        self.spec = description.spec
+        self._part_names = tuple(description.layout())
+        for name, (shape, dtype) in description.layout().items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Let `.to()` and `.half()` move the parts, but never change their dtypes: they are bits, not numbers."""
+        dtypes = {name: self._buffers[name].dtype for name in self._part_names}  # type: ignore[union-attr]
+        before = {name: self._buffers[name] for name in self._part_names}
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != dtype:
+                self._buffers[name] = before[name].to(moved.device)  # type: ignore[union-attr]
+        return self
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self._part_names}
+
+    def rotated_weight(self) -> torch.Tensor:
+        """`W'`, float32 `[N, K]`, on the inputs' rotated axes."""
+        return get_format(self.spec.format).dequantize(self.parts(), self.spec)
+
+    def rotate_input(self, x: torch.Tensor) -> torch.Tensor:
+        """`x'` for inputs `[..., K]`, same dtype; the transform itself runs in float32."""
+        if self.spec.block == 1:
+            return x
+        return rotate(x.float(), unpack_signs(self.signs, self.spec.cols), self.spec.block).to(x.dtype)
+
+    def plain_weight(self) -> torch.Tensor:
+        """`W`, float32 `[N, K]`: the weight-side placement of the rotation."""
+        weight = self.rotated_weight()
+        if self.spec.block == 1:
+            return weight
+        return unrotate(weight, unpack_signs(self.signs, self.spec.cols), self.spec.block)
+
+
+class FewbitLinear(PackedTensor):
+    """`y = W x + bias` with `W` packed; inputs `[..., K]`, outputs `[..., N]` of the inputs' dtype."""
+
+    def __init__(self, description: QuantizedModule, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(description)
+        self.in_features = self.spec.cols
+        self.out_features = self.spec.rows
+        self.bias = nn.Parameter(torch.zeros(self.spec.rows, dtype=dtype), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.rotate_input(x), self.rotated_weight().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, bias={self.bias is not None}"
+
+
+class FewbitEmbedding(PackedTensor):
+    """Looks rows up in a packed table `[N, K]`; ids `[...]` give `[..., K]` in `dtype`."""
+
+    def __init__(self, description: QuantizedModule, dtype: torch.dtype, multiplier: float = 1.0) -> None:
+        super().__init__(description)
+        self.dtype = dtype
+        self.multiplier = multiplier
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        rows = get_format(self.spec.format).dequantize_rows(self.parts(), self.spec, unique)
+        if self.spec.block > 1:
+            rows = unrotate(rows, unpack_signs(self.signs, self.spec.cols), self.spec.block)
+        return (rows * self.multiplier).to(self.dtype)[inverse]
+
+
+class TiedHead(nn.Module):
+    """An output head that reads the embedding's packed table; it owns no tensors of its own."""
+
+    def __init__(self, table: FewbitEmbedding) -> None:
+        super().__init__()
+        # Kept out of the module tree, so that the state dict names the table once.
+        object.__setattr__(self, "table", table)
+        self.in_features = table.spec.cols
+        self.out_features = table.spec.rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table: FewbitEmbedding = self.table  # type: ignore[assignment]
+        return nn.functional.linear(table.rotate_input(x), table.rotated_weight().to(x.dtype))

@@ -1,0 +1,185 @@
+"""Decides how every tensor of a checkpoint is stored, before anything runs.
+
+The plan lists each tensor exactly once with its format, its bytes and, for whatever stays unquantized,
+the reason; its totals count every weight, embeddings and head included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fewbit import __version__
+from fewbit.checkpoint.source import Source
+from fewbit.errors import CorruptFile, UnsupportedShape
+from fewbit.formats import TensorSpec, get_format
+from fewbit.models import Family, get_family
+from fewbit.pipeline.options import CODES, HEADS, QuantizeOptions
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the source checkpoint.
+
+    `kind` is "body" (a decoder layer's linear), "embed", "head" or "plain". `spec` is None for what is
+    kept, with `reason` saying why and `dtype` how it is stored. `shared_input` names the group of
+    linears that read the same activations and therefore share one sign vector.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    bytes: int
+    spec: TensorSpec | None = None
+    shared_input: str = ""
+    dtype: str = ""
+    reason: str = ""
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def signs_seed(self) -> int:
+        """A seed that depends on the shared input alone, so that q/k/v get the same signs."""
+        return int.from_bytes(hashlib.sha256(self.shared_input.encode()).digest()[:6], "little")
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole decision: options, source and one entry per tensor."""
+
+    source: str
+    model_type: str
+    fingerprint: str
+    options: dict[str, Any]
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def quantized(self) -> tuple[PlannedTensor, ...]:
+        return tuple(tensor for tensor in self.tensors if tensor.spec is not None)
+
+    @property
+    def identity(self) -> str:
+        """A hash of everything that decides the output's bytes; shards of another plan are not reused."""
+        return hashlib.sha256(json.dumps(self._decisions(), sort_keys=True).encode()).hexdigest()
+
+    def bits_per_weight(self, kind: str | None = None) -> float:
+        chosen = [tensor for tensor in self.tensors if kind in (None, tensor.kind)]
+        weights = sum(tensor.weights for tensor in chosen)
+        return 8 * sum(tensor.bytes for tensor in chosen) / weights if weights else 0.0
+
+    def totals(self) -> dict[str, Any]:
+        return {
+            "weights": sum(tensor.weights for tensor in self.tensors),
+            "bytes": sum(tensor.bytes for tensor in self.tensors),
+            "bits_per_weight": {"body": self.bits_per_weight("body"), "total": self.bits_per_weight()},
+            "unquantized_matrices": [
+                tensor.name for tensor in self.tensors if tensor.spec is None and len(tensor.shape) > 1
+            ],
+        }
+
+    def _decisions(self) -> dict[str, Any]:
+        return {
+            "plan_version": PLAN_VERSION,
+            "model_type": self.model_type,
+            "fingerprint": self.fingerprint,
+            "options": self.options,
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self._decisions(),
+            "source": self.source,
+            "fewbit_version": __version__,
+            "identity": self.identity,
+            "totals": self.totals(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        try:
+            tensors = []
+            for entry in data["tensors"]:
+                spec = TensorSpec(**entry["spec"]) if entry["spec"] else None
+                tensors.append(PlannedTensor(**{**entry, "spec": spec, "shape": tuple(entry["shape"])}))
+            return cls(data["source"], data["model_type"], data["fingerprint"], data["options"], tuple(tensors))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptFile(f"the plan does not hold what a plan holds ({error}); remove it with --fresh") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        try:
+            return cls.from_json(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise CorruptFile(f"{path} is not JSON ({error}); remove it with --fresh") from error
+
+
+def make_plan(source: Source, options: QuantizeOptions, calibration: str = "") -> Plan:
+    """Plan every tensor of `source`; `calibration` is the hash of the calibration tokens, if any."""
+    family = get_family(source.config.model_type)
+    tensors = tuple(_plan_tensor(source, family, name, options) for name in sorted(source.names(), key=_natural))
+    choices = {**options.to_json(), "calibration": calibration}
+    return Plan(str(source.path), source.config.model_type, source.fingerprint(), choices, tensors)
+
+
+def _plan_tensor(source: Source, family: Family, name: str, options: QuantizeOptions) -> PlannedTensor:
+    shape = tuple(source.shape(name))
+    kind, shared_input = classify(family, name)
+    if kind == "plain":
+        reason = "one-dimensional" if len(shape) == 1 else "no linear of this family"
+        return _kept(name, shape, kind, reason)
+    format_name, bits = (CODES[options.code], options.bits) if kind == "body" else HEADS[options.head]
+    if format_name == "bf16":
+        return _kept(name, shape, kind, "--head bf16")
+    weight_format = get_format(format_name)
+    try:
+        spec = weight_format.spec(shape[0], shape[1], bits)
+    except UnsupportedShape as error:
+        return _kept(name, shape, kind, str(error))
+    size = weight_format.storage_bytes(spec) + (-(-shape[1] // 8) if spec.block > 1 else 0)
+    return PlannedTensor(name, shape, kind, size, spec, shared_input)
+
+
+def _kept(name: str, shape: tuple[int, ...], kind: str, reason: str) -> PlannedTensor:
+    # Vectors are few and steer whole channels, so they keep 32 bits; matrices keep the usual 16.
+    dtype, width = ("float32", 4) if len(shape) == 1 else ("bfloat16", 2)
+    return PlannedTensor(name, shape, kind, width * math.prod(shape), dtype=dtype, reason=reason)
+
+
+def classify(family: Family, name: str) -> tuple[str, str]:
+    """The kind of a tensor and the shared input it reads."""
+    module = name.removesuffix(".weight")
+    if name == f"{family.embed}.weight":
+        return "embed", "embed"
+    if name == f"{family.head}.weight":
+        return "head", "head"
+    match = re.fullmatch(rf"{re.escape(family.layers)}\.(\d+)\.(.+)", module)
+    if match and name.endswith(".weight"):
+        for index, shared in enumerate(family.inputs):
+            if match[2] in shared.linears:
+                return "body", f"{match[1]}.{index}"
+    return "plain", ""
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

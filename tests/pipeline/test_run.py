@@ -1,0 +1,196 @@
+"""The pipeline on tiny models: what it writes, that it resumes, and that it refuses what it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewbit.pipeline.run as run_module
+from fewbit.checkpoint.artifact import Artifact
+from fewbit.checkpoint.plain import load_plain
+from fewbit.checkpoint.source import open_source
+from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
+from fewbit.loading import load
+from fewbit.pipeline.calibrate import HessianCollector, LayerStream, calibration_windows
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.run import quantize
+
+OPTIONS = QuantizeOptions(calib_tokens=512, calib_window=64, calib_dtype="float32")
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("name", ["tied", "biased", "odd"])
+@pytest.mark.parametrize("code", ["trellis", "ternary", "iq3_s", "lloyd8"])
+def test_every_code_makes_a_checkpoint_that_loads_and_computes(tiny_models, calibration_text, tmp_path, name, code):
+    out = tmp_path / "out"
+    options = QuantizeOptions(code=code, calib_tokens=512, calib_window=64)
+    result = quantize(tiny_models[name], out, options, [calibration_text])
+    assert result.bytes == Artifact.open(out).inspect()["bytes"]
+    model, tokenizer = load(out, torch.float32)
+    ids = tokenizer("the quick model reads", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+    assert not any(path.name.startswith(".out") for path in tmp_path.iterdir())
+
+
+def test_four_bits_are_closer_to_the_full_model_than_two(tiny_models, calibration_text, tmp_path):
+    source = open_source(tiny_models["biased"])
+    full = load_plain(source, torch.float32)
+    ids = source.tokenizer()("the quick model reads many words", return_tensors="pt")["input_ids"]
+    expected = full(ids).logits
+    distance = {}
+    for bits in (2, 4):
+        options = QuantizeOptions(bits=bits, calib_tokens=512, calib_window=64)
+        quantize(tiny_models["biased"], tmp_path / str(bits), options, [calibration_text])
+        logits = load(tmp_path / str(bits), torch.float32)[0](ids).logits
+        distance[bits] = (logits - expected).norm() / expected.norm()
+    assert distance[4] < 0.5 * distance[2]
+
+
+def test_every_tensor_of_the_source_is_planned_exactly_once_and_recorded(tiny_models, calibration_text, tmp_path):
+    quantize(tiny_models["odd"], tmp_path / "out", OPTIONS, [calibration_text])
+    recorded = [entry["name"] for entry in Artifact.open(tmp_path / "out").record["tensors"]]
+    assert sorted(recorded) == sorted(open_source(tiny_models["odd"]).names())
+    assert len(set(recorded)) == len(recorded)
+
+
+def test_inputs_that_no_block_divides_stay_in_16_bits_with_the_reason(tiny_models, calibration_text, tmp_path):
+    quantize(tiny_models["odd"], tmp_path / "out", OPTIONS, [calibration_text])
+    entries = {entry["name"]: entry for entry in Artifact.open(tmp_path / "out").record["tensors"]}
+    kept = entries["model.layers.0.mlp.down_proj.weight"]
+    assert kept["format"] == ""
+    assert kept["dtype"] == "bfloat16"
+    assert "72 inputs are not a multiple of 32" in kept["reason"]
+    assert entries["model.layers.0.mlp.up_proj.weight"]["format"] == "trellis"
+
+
+def test_linears_of_one_input_share_their_signs(tiny_models, calibration_text, tmp_path):
+    quantize(tiny_models["biased"], tmp_path / "out", OPTIONS, [calibration_text])
+    artifact = Artifact.open(tmp_path / "out")
+    signs = {name: artifact.parts(module)["signs"] for name, module in artifact.modules.items()}
+    attention = "model.layers.0.self_attn."
+    assert torch.equal(signs[f"{attention}q_proj"], signs[f"{attention}k_proj"])
+    assert torch.equal(signs[f"{attention}q_proj"], signs[f"{attention}v_proj"])
+    assert not torch.equal(signs[f"{attention}q_proj"], signs["model.layers.1.self_attn.q_proj"])
+
+
+class StopRun(Exception):
+    pass
+
+
+class StopAfter:
+    """A progress that ends the run after some tensors, as a killed process would."""
+
+    def __init__(self, tensors: int) -> None:
+        self.left = tensors
+
+    def stage(self, title: str, total: int) -> None:
+        pass
+
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+    def tensor(self, record: dict) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise StopRun
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 9, 15])
+def test_an_interrupted_run_ends_byte_identical_when_repeated(tiny_models, calibration_text, tmp_path, stop):
+    whole = tmp_path / "whole"
+    quantize(tiny_models["tied"], whole, OPTIONS, [calibration_text])
+    resumed = tmp_path / "resumed"
+    with pytest.raises(StopRun):
+        quantize(tiny_models["tied"], resumed, OPTIONS, [calibration_text], progress=StopAfter(stop))
+    assert not resumed.exists()
+    result = quantize(tiny_models["tied"], resumed, OPTIONS, [calibration_text])
+    assert result.resumed_tensors >= stop
+    assert files_of(resumed) == files_of(whole)
+
+
+def test_an_interrupted_run_refuses_other_options_and_names_the_difference(tiny_models, calibration_text, tmp_path):
+    with pytest.raises(StopRun):
+        quantize(tiny_models["tied"], tmp_path / "out", OPTIONS, [calibration_text], progress=StopAfter(2))
+    other = QuantizeOptions(bits=4, calib_tokens=512, calib_window=64, calib_dtype="float32")
+    with pytest.raises(UsageError, match="bits 3 instead of 4"):
+        quantize(tiny_models["tied"], tmp_path / "out", other, [calibration_text])
+    assert quantize(tiny_models["tied"], tmp_path / "out", other, [calibration_text], fresh=True).resumed_tensors == 0
+
+
+def test_an_existing_output_is_refused_and_replaced_only_when_asked(tiny_models, calibration_text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        quantize(tiny_models["tied"], tmp_path / "out", OPTIONS, [calibration_text])
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_not_a_number_in_a_weight_is_refused_and_leaves_no_output(tiny_models, calibration_text, tmp_path):
+    model = load_plain(open_source(tiny_models["tied"]), torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / name).write_bytes((tiny_models["tied"] / name).read_bytes())
+    for options in (OPTIONS, QuantizeOptions(rounding="nearest")):
+        with pytest.raises(NonFiniteWeights, match=r"model.layers.1.mlp.up_proj.weight holds NaN"):
+            quantize(broken, tmp_path / "out", options, [calibration_text], fresh=True)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_seen_before_the_work_begins(tiny_models, calibration_text, tmp_path, monkeypatch):
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(FewbitError, match="free some space"):
+        quantize(tiny_models["tied"], tmp_path / "out", OPTIONS, [calibration_text])
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_feedback_without_text_is_refused_with_the_remedy(tiny_models, tmp_path):
+    with pytest.raises(UsageError, match=r"--calib FILE, or use --rounding nearest"):
+        quantize(tiny_models["tied"], tmp_path / "out", OPTIONS)
+
+
+def test_the_layer_stream_computes_what_the_whole_model_computes(tiny_models, calibration_text):
+    source = open_source(tiny_models["biased"])
+    windows = calibration_windows(source, [calibration_text], 640, 64)
+    stream = LayerStream(source, run_module.get_family("qwen2"))
+    hidden = stream.embed(windows)
+    for index in range(len(stream)):
+        stream.load(f"model.layers.{index}")
+        hidden = stream.run_layer(index, hidden)
+        stream.unload(f"model.layers.{index}")
+    full = load_plain(source, torch.float32)
+    expected = full.model(windows, output_hidden_states=True).hidden_states[-1]
+    found = full.model.norm(hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hessians_are_the_second_moment_of_the_inputs():
+    linear = torch.nn.Linear(6, 2)
+    x = torch.randn(5, 7, 6)
+    with HessianCollector([("x", linear)]) as collector:
+        linear(x[:2])
+        linear(x[2:])
+    flat = x.reshape(-1, 6)
+    torch.testing.assert_close(collector.mean("x"), flat.T @ flat / 35)
+    linear(x)
+    assert collector.tokens["x"] == 35
+
+
+def test_the_log_holds_one_line_per_tensor(tiny_models, calibration_text, tmp_path):
+    with pytest.raises(StopRun):
+        quantize(tiny_models["tied"], tmp_path / "out", OPTIONS, [calibration_text], progress=StopAfter(5))
+    lines = [json.loads(line) for line in (tmp_path / ".out.work" / "log.jsonl").read_text().splitlines()]
+    tensors = [line for line in lines if "tensor" in line]
+    assert len(tensors) == 5
+    assert {"bits_per_weight", "relative_error", "seconds"} <= set(tensors[0])
