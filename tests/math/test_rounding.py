@@ -114,13 +114,15 @@ def test_feedback_lowers_the_proxy_loss_by_a_third_at_least(name, bits):
 
 
 @pytest.mark.parametrize(("name", "bits"), CASES)
-def test_a_diagonal_hessian_changes_nothing(name, bits):
+def test_a_diagonal_hessian_gives_no_feedback(name, bits):
     fmt = get_format(name)
     spec = fmt.spec(16, 512, bits)
     weight = _random(6, 16, 512)
     factor = inverse_factor(torch.diag(torch.linspace(0.1, 3.0, 512)))
     plain, diagonal = quantize_rotated(fmt, weight, spec), quantize_rotated(fmt, weight, spec, factor)
-    assert all(torch.equal(part, diagonal.parts[key]) for key, part in plain.parts.items())
+    # The trellis refits its scales with the inputs' weights, after the codes are chosen.
+    fitted = {"scales"} if name == "trellis" else set()
+    assert all(torch.equal(part, diagonal.parts[key]) for key, part in plain.parts.items() if key not in fitted)
 
 
 @pytest.mark.parametrize(("name", "bits"), CASES)
