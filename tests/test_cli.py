@@ -55,7 +55,10 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(capfd, tiny_models, tmp_pat
     assert "72 inputs" in stdout
     assert "trellis, 3 bits" in stdout
     code, stdout, _ = run(capfd, *arguments, "--json")
-    assert json.loads(stdout)["totals"]["bits_per_weight"]["total"] > 3
+    plan = json.loads(stdout)
+    assert plan["totals"]["bits_per_weight"]["total"] > 3
+    assert plan["prediction"]["seconds"] > 0
+    assert plan["prediction"]["peak_memory_bytes"] > plan["totals"]["bytes"]
     assert list(tmp_path.iterdir()) == []
 
 

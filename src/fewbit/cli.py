@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit import __version__
-from fewbit.console import human_bytes, human_seconds, print_json, progress_bars, stderr, stdout, table
+from fewbit.console import human_bytes, human_seconds, plan_table, print_json, progress_bars, stderr, stdout, table
 from fewbit.errors import FewbitError, UsageError
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ def quantize(
 ) -> None:
     """Compress MODEL into the directory OUT. An interrupted run continues where it stopped."""
     from fewbit.pipeline.options import QuantizeOptions
+    from fewbit.pipeline.predict import predict
     from fewbit.pipeline.run import prepare
     from fewbit.pipeline.run import quantize as run
 
@@ -70,11 +71,16 @@ def quantize(
     )
     files = calib or (_default_calibration() if rounding == "ldlq" else [])
     if dry_run:
-        _, plan, _ = prepare(model, options, files)
+        _, plan, windows = prepare(model, options, files)
+        prediction = predict(plan, windows)
         if json_:
-            print_json(plan.to_json())
+            print_json({**plan.to_json(), "prediction": prediction})
         else:
-            _print_plan(plan)
+            stdout.print(plan_table(plan))
+            stdout.print(
+                f"Predicted: {human_seconds(prediction['seconds'])} on this machine, "
+                f"{human_bytes(prediction['peak_memory_bytes'])} of memory at the peak"
+            )
         return
     with progress_bars(lines=not json_) as bars:
         result = run(model, out, options, files, fresh, bars)
@@ -95,26 +101,6 @@ def _default_calibration() -> list[Path]:
 
     with progress_bars() as bars:
         return [fetch_text(name, progress=bars.fetch) for name in ("c4.calib", "wiki.calib")]
-
-
-def _print_plan(plan: Any) -> None:
-    rows: dict[tuple[str, str], list[int]] = {}
-    for tensor in plan.tensors:
-        stored = f"{tensor.spec.format}, {tensor.spec.bits} bits" if tensor.spec else f"{tensor.dtype}: {tensor.reason}"
-        total = rows.setdefault((tensor.kind, stored), [0, 0, 0])
-        total[0] += 1
-        total[1] += tensor.weights
-        total[2] += tensor.bytes
-    lines = [
-        [kind, stored, str(count), f"{weights / 1e6:.2f} M", human_bytes(size), f"{8 * size / weights:.3f}"]
-        for (kind, stored), (count, weights, size) in rows.items()
-    ]
-    totals = plan.totals()
-    lines.append(
-        ["all", "", str(len(plan.tensors)), f"{totals['weights'] / 1e6:.2f} M", human_bytes(totals["bytes"]),
-         f"{totals['bits_per_weight']['total']:.3f}"]
-    )  # fmt: skip
-    stdout.print(table("Plan", ["tensors", "stored as", "count", "weights", "size", "bits/weight"], lines, 2))
 
 
 @app.command()

@@ -50,6 +50,27 @@ def table(title: str, columns: list[str], rows: list[list[str]], numeric_from: i
     return result
 
 
+def plan_table(plan: Any) -> Table:
+    """A plan's tensors, added up by kind and storage, with the totals over every weight."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for tensor in plan.tensors:
+        stored = f"{tensor.spec.format}, {tensor.spec.bits} bits" if tensor.spec else f"{tensor.dtype}: {tensor.reason}"
+        total = rows.setdefault((tensor.kind, stored), [0, 0, 0])
+        total[0] += 1
+        total[1] += tensor.weights
+        total[2] += tensor.bytes
+    lines = [
+        [kind, stored, str(count), f"{weights / 1e6:.2f} M", human_bytes(size), f"{8 * size / weights:.3f}"]
+        for (kind, stored), (count, weights, size) in rows.items()
+    ]
+    totals = plan.totals()
+    lines.append(
+        ["all", "", str(len(plan.tensors)), f"{totals['weights'] / 1e6:.2f} M", human_bytes(totals["bytes"]),
+         f"{totals['bits_per_weight']['total']:.3f}"]
+    )  # fmt: skip
+    return table("Plan", ["tensors", "stored as", "count", "weights", "size", "bits/weight"], lines, 2)
+
+
 class BarProgress:
     """Draws a bar per stage, and a line per tensor when asked for."""
 

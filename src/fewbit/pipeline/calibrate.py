@@ -76,7 +76,7 @@ def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
 
     A linear under autocast rounds its input to bfloat16, so a Hessian of rounded inputs is the true one.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     if dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"

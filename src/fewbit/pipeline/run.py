@@ -28,6 +28,7 @@ from fewbit.pipeline.calibrate import HessianCollector, LayerStream, calibration
 from fewbit.pipeline.finish import finish
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan
+from fewbit.pipeline.predict import predict
 from fewbit.pipeline.progress import Logged, Progress, Silent
 
 
@@ -86,7 +87,7 @@ def quantize(
         raise UsageError(f"{output} exists already; choose another output or replace it with --fresh")
     source, plan, windows = prepare(model, options, [Path(file) for file in calibration_files])
     work = output.with_name(f".{output.name}.work")
-    _open_work(work, plan, fresh)
+    _open_work(work, plan, windows, fresh)
     _check_space(work, plan)
     run = _Run(source, plan, windows, work, Logged(progress or Silent(), work / "log.jsonl"))
     with torch.inference_mode(), disk_errors(work):
@@ -106,7 +107,7 @@ def quantize(
     )
 
 
-def _open_work(work: Path, plan: Plan, fresh: bool) -> None:
+def _open_work(work: Path, plan: Plan, windows: torch.Tensor | None, fresh: bool) -> None:
     """Make the work directory, or check that the one there belongs to this plan."""
     with disk_errors(work):
         if fresh and work.exists():
@@ -121,7 +122,7 @@ def _open_work(work: Path, plan: Plan, fresh: bool) -> None:
                 "repeat that request to continue it, or start again with --fresh"
             )
         return
-    write_json(plan_file, plan.to_json())
+    write_json(plan_file, {**plan.to_json(), "prediction": predict(plan, windows)})
 
 
 def _difference(earlier: Plan, plan: Plan) -> str:

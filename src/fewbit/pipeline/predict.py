@@ -1,0 +1,94 @@
+"""Predicts what a plan will take, from a short measurement on this machine.
+
+Time is counted in the two things a run spends it on, matrix products of calibration and encoding of
+weights; memory is the largest set of tensors that exist at once. Both are estimates, to plan by.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fewbit.formats import get_format
+from fewbit.math.rounding import inverse_factor, quantize_rotated
+from fewbit.pipeline.calibrate import bfloat16_products
+from fewbit.pipeline.plan import Plan, PlannedTensor
+
+SAMPLE_ROWS, SAMPLE_COLS = 256, 512
+REPEATS = 5
+COPIES_WHILE_ROUNDING = 6  # source, rotated, fed-back, values, errors and codes, in float32 each at most
+
+
+def predict(plan: Plan, windows: torch.Tensor | None) -> dict[str, Any]:
+    """`seconds` and `peak_memory_bytes` of running `plan` with calibration `windows` int64 `[n, window]`."""
+    weights: dict[tuple[str, int], int] = {}
+    for tensor in plan.quantized:
+        if tensor.spec is not None:
+            kind = (tensor.spec.format, tensor.spec.bits)
+            weights[kind] = weights.get(kind, 0) + tensor.weights
+    encode = sum(count / _encoding_rate(*kind, windows is not None) for kind, count in weights.items())
+    products = _calibration_operations(plan, windows.numel()) if windows is not None else 0.0
+    dtype = getattr(torch, plan.options["calib_dtype"]) if windows is not None else torch.float32
+    rate = _product_rate(dtype) if products else 1.0
+    return {"seconds": round(encode + products / rate, 1), "peak_memory_bytes": _memory(plan, windows)}
+
+
+def _calibration_operations(plan: Plan, tokens: int) -> float:
+    """Floating-point operations of both passes over every layer and of the Hessians."""
+    body = [tensor for tensor in plan.tensors if tensor.kind == "body"]
+    hessians = {tensor.shared_input: tensor.shape[1] ** 2 for tensor in body}
+    return 2.0 * tokens * (2 * sum(tensor.weights for tensor in body) + sum(hessians.values()))
+
+
+def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
+    layers: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.kind == "body":
+            layer = tensor.shared_input.partition(".")[0]
+            layers[layer] = layers.get(layer, 0) + 4 * tensor.weights
+    rounding = max((4 * COPIES_WHILE_ROUNDING * tensor.weights for tensor in plan.quantized), default=0)
+    hidden = 0
+    hessian = 0
+    if windows is not None:
+        table = next(tensor for tensor in plan.tensors if tensor.kind == "embed")
+        hidden = 3 * 4 * windows.numel() * table.shape[1]
+        hessian = max((_factor_bytes(tensor) for tensor in plan.quantized), default=0)
+    largest_layer = max(layers.values(), default=0)
+    table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)
+    present = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(present + hidden + max(largest_layer + hessian + rounding, table_bytes))
+
+
+def _factor_bytes(tensor: PlannedTensor) -> int:
+    # The Hessian in float32 and its factorization in float64.
+    return (4 + 4 * 8) * tensor.shape[1] ** 2
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The best of a few runs: what the machine can do, whatever else it did meanwhile."""
+    found = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _encoding_rate(name: str, bits: int, feedback: bool) -> float:
+    """Weights per second of a format on a small sample."""
+    weight_format = get_format(name)
+    spec = weight_format.spec(SAMPLE_ROWS, SAMPLE_COLS, bits)
+    weight = torch.randn(SAMPLE_ROWS, SAMPLE_COLS)
+    factor = inverse_factor(torch.eye(SAMPLE_COLS)) if feedback else None
+    return weight.numel() / _seconds(lambda: quantize_rotated(weight_format, weight, spec, factor))
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product such as calibration runs."""
+    x = torch.randn(2048, 1024)
+    with bfloat16_products(dtype):
+        return 2.0 * x.shape[0] * x.shape[1] ** 2 / _seconds(lambda: x.T @ x)
