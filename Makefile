@@ -1,0 +1,39 @@
+# Everything runs in .venv, which the first target that needs it makes. PYTHON=... chooses the interpreter.
+
+PYTHON ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint bench-encode clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh $(NATIVE)
+	@sh scripts/make_venv.sh $(PYTHON)
+	@touch $@
+
+venv: $(STAMP)  ## Make .venv and install fewbit into it
+
+demo: $(STAMP)  ## Compress a real 135M model to 3 bits, measure it, generate with it
+	@$(BIN)/fewbit demo
+
+lint: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint  ## Check style and types, then run the fast tests
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)  ## Run the tests on the real model (fetched once, some 100 MB)
+	$(BIN)/python -m pytest -q -m slow
+
+bench-encode: $(STAMP)  ## Measure how fast weights are encoded
+	@$(BIN)/python benchmarks/encode.py
+
+clean:  ## Remove .venv, builds and caches (not the fetched models)
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+#!/bin/sh
+# Makes .venv in the current directory and installs fewbit into it, editable, with the versions of constraints.txt.
+# Missing system packages come through apt-get where that is possible, otherwise one line names them.
+# Usage: make_venv.sh [PYTHON]
+set -eu
+
+fail() {
+    echo "make_venv: $*" >&2
+    exit 1
+}
+
+recent() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+python=${1:-}
+if [ -n "$python" ]; then
+    recent "$python" || fail "$python is not Python 3.10 or later; name another one: make PYTHON=/path/to/python3"
+else
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if recent "$candidate"; then
+            python=$candidate
+            break
+        fi
+    done
+    [ -n "$python" ] || fail "no Python 3.10 or later found; install one, or name it: make PYTHON=/path/to/python3"
+fi
+
+# Debian splits a Python into packages named after its version.
+version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+missing=
+"$python" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing $version-venv"
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    missing="$missing $version-dev"
+command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || missing="$missing g++"
+if [ -n "$missing" ]; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "Installing$missing with apt-get"
+        apt-get update -qq
+        # shellcheck disable=SC2086  # a list of names
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    else
+        fail "this machine lacks:$missing; install them (on Debian: sudo apt-get install$missing) and run make again"
+    fi
+fi
+
+# An environment of another interpreter is made anew, one of this interpreter is kept and brought up to date.
+wanted=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))')
+found=$(.venv/bin/python -c 'import os, sys; print(os.path.realpath(sys.executable))' 2>/dev/null || true)
+[ "$wanted" = "$found" ] || "$python" -m venv --clear .venv
+
+pip() {
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$@"
+}
+
+echo "Installing fewbit into .venv with $("$python" --version) (torch alone is some 200 MB)"
+# The build tools first: building without isolation keeps them, too, at the versions of constraints.txt.
+pip scikit-build-core nanobind cmake ninja
+pip --no-build-isolation -e '.[demo,dev]'
