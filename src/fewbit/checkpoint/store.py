@@ -65,6 +65,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+            # safetensors makes files that only their owner can read, unlike every other file here.
+            partial.chmod(0o644)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

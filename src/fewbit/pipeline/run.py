@@ -88,7 +88,7 @@ def quantize(
     source, plan, windows = prepare(model, options, [Path(file) for file in calibration_files])
     work = output.with_name(f".{output.name}.work")
     _open_work(work, plan, windows, fresh)
-    _check_space(work, plan)
+    _check_space(work, plan, windows)
     run = _Run(source, plan, windows, work, Logged(progress or Silent(), work / "log.jsonl"))
     with torch.inference_mode(), disk_errors(work):
         run.layers()
@@ -136,9 +136,12 @@ def _difference(earlier: Plan, plan: Plan) -> str:
     return ", ".join(changed) or "another plan"
 
 
-def _check_space(work: Path, plan: Plan) -> None:
-    # Shards and the finished files exist side by side for a moment.
-    needed = 2 * sum(tensor.bytes for tensor in plan.quantized) + plan.totals()["bytes"]
+def _check_space(work: Path, plan: Plan, windows: torch.Tensor | None) -> None:
+    # Shards and the finished files exist side by side for a moment, and so do two generations of hidden states.
+    hidden = 0
+    if windows is not None:
+        hidden = 2 * 4 * windows.numel() * next(tensor.shape[1] for tensor in plan.tensors if tensor.kind == "embed")
+    needed = sum(tensor.bytes for tensor in plan.quantized) + plan.totals()["bytes"] + hidden
     free = shutil.disk_usage(work).free
     if free < needed:
         raise FewbitError(
