@@ -23,10 +23,12 @@ uint64_t saved_states() {
 
 struct Features {
     unsigned ebx = 0, ecx = 0;
+    bool half_floats;
     uint64_t states = saved_states();
 
     Features() {
-        unsigned a, d;
+        unsigned a, b, c, d;
+        half_floats = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
         if (!__get_cpuid_count(7, 0, &a, &ebx, &ecx, &d)) ebx = ecx = 0;
     }
 
@@ -43,7 +45,7 @@ std::vector<const Kernels*> usable() {
     constexpr uint64_t ymm = 0x6, zmm = 0xe6;
 #endif
 #ifdef FEWBIT_HAVE_AVX2
-    if (cpu.has(bit_AVX2, 0, ymm)) found.push_back(&kAvx2Kernels);
+    if (cpu.has(bit_AVX2, 0, ymm) && cpu.half_floats) found.push_back(&kAvx2Kernels);
 #endif
 #ifdef FEWBIT_HAVE_AVX512
     constexpr unsigned in_ebx = bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;

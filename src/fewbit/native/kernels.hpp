@@ -66,12 +66,15 @@ struct DecodeJob {
     int bits;
 };
 
+struct ProductKernels;                            // product.hpp
+
 // The functions of one instruction set; `index` is a stream or a row group.
 struct Kernels {
     const char* name;
     void (*encode_stream)(const StreamJob& job, int64_t index, Workspace& work);
     void (*encode_row_group)(const EncodeJob& job, int64_t index, Workspace& work);
     void (*decode_row_group)(const DecodeJob& job, int64_t index);
+    const ProductKernels* product;
 };
 
 extern const Kernels kPortableKernels;

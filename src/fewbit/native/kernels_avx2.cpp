@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.hpp"
+#include "product.hpp"
 
 namespace fewbit {
 namespace {
@@ -63,6 +64,7 @@ struct Vec {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group};
+const Kernels kAvx2Kernels = {"avx2", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
+                              &kAvx2Product};
 
 }  // namespace fewbit

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.hpp"
+#include "product.hpp"
 
 namespace fewbit {
 namespace {
@@ -144,6 +145,7 @@ void decode_row_group(const DecodeJob& job, int64_t index) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group};
+const Kernels kAvx512Kernels = {"avx512", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
+                                &kAvx512Product};
 
 }  // namespace fewbit

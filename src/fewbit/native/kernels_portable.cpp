@@ -1,5 +1,6 @@
 // Plain C++ for every machine; compilers turn the short loops into whatever vectors they have.
 #include "kernels.hpp"
+#include "product.hpp"
 
 namespace fewbit {
 namespace {
@@ -63,6 +64,7 @@ struct Vec {
 
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group};
+const Kernels kPortableKernels = {"portable", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
+                                  &kPortableProduct};
 
 }  // namespace fewbit

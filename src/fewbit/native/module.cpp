@@ -1,56 +1,20 @@
 // The Python face of the native code: checks every argument, releases the interpreter lock, runs the kernels.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <optional>
-#include <stdexcept>
 
+#include "arguments.hpp"
 #include "cpu.hpp"
 #include "threads.hpp"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace fewbit {
 namespace {
-
-template <class T, int Dims>
-using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
-
-void require(bool condition, const std::string& message) {
-    if (!condition) throw std::invalid_argument(message);
-}
-
-template <class T>
-void require_shape(const char* name, const nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>& array,
-                   int64_t rows, int64_t cols) {
-    require(static_cast<int64_t>(array.shape(0)) == rows && static_cast<int64_t>(array.shape(1)) == cols,
-            std::string(name) + " must be [" + std::to_string(rows) + ", " + std::to_string(cols) + "], not [" +
-                std::to_string(array.shape(0)) + ", " + std::to_string(array.shape(1)) + "]");
-}
-
-template <class T>
-void require_length(const char* name, const nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>& array,
-                    int64_t length) {
-    require(static_cast<int64_t>(array.shape(0)) == length,
-            std::string(name) + " must have " + std::to_string(length) + " entries, not " +
-                std::to_string(array.shape(0)));
-}
-
-void require_bits(int bits) {
-    require(bits >= 2 && bits <= 4, "the trellis has 2, 3 or 4 bits, not " + std::to_string(bits));
-}
-
-void require_group(int64_t group) {
-    require(group >= kTileCols && group <= kMaxGroup && group % kTileCols == 0,
-            "a scale group is a multiple of 16 up to 256 columns, not " + std::to_string(group));
-}
-
-int64_t row_groups(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // Value of every window: A of bits 0-3, B of 4-5, C of 6-7, D of 8-11.
 struct Windows {
@@ -177,4 +141,5 @@ NB_MODULE(_native, m) {
           "(error U = weight - values) and weighted (weighted U = values).");
     m.def("trellis_dequantize", &dequantize, "codes"_a.noconvert(), "scales"_a.noconvert(), "tables"_a.noconvert(),
           "bits"_a, "group"_a, "out"_a.noconvert(), "Fill out float32 [N, K] with the weights that codes stand for.");
+    bind_product(m);
 }

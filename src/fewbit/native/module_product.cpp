@@ -1,0 +1,149 @@
+// The Python face of the kernels of inference: checks every argument, releases the interpreter lock, runs the kernels.
+#include "arguments.hpp"
+
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cpu.hpp"
+#include "product.hpp"
+#include "threads.hpp"
+
+using namespace nb::literals;
+
+namespace fewbit {
+namespace {
+
+constexpr int64_t kWorkOfAThread = 1 << 19;       // products worth waking another thread for
+constexpr int64_t kTokenWork = 1 << 15;           // inputs to rotate worth the same
+constexpr int kPiecesPerThread = 8;
+
+// A matrix of 4-byte floats, or of 16-bit ones given as uint16.
+using Floats = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Signs = Array<const uint8_t, 1>;
+
+bool is_bf16(const char* name, const Floats& array) {
+    const bool half = array.dtype() == nb::dtype<uint16_t>();
+    require(half || array.dtype() == nb::dtype<float>(), std::string(name) + " must be float32 or 16 bits as uint16");
+    return half;
+}
+
+// Threads that a job is worth, and how its `count` indices are handed out: in runs, so that memory is read in
+// long stretches and neighbouring outputs come from one thread.
+template <class Body>
+void run(int64_t work, int64_t grain, int64_t count, const Body& body) {
+    const int threads = static_cast<int>(std::clamp<int64_t>(work / grain, 1, num_threads()));
+    const int64_t length = threads == 1 ? count : std::max<int64_t>(1, count / (threads * kPiecesPerThread));
+    if (count == 0) return;
+    parallel_for(threads, (count + length - 1) / length, [&](int64_t piece, int worker) {
+        const int64_t end = std::min(count, (piece + 1) * length);
+        for (int64_t index = piece * length; index < end; ++index) body(index, worker);
+    });
+}
+
+void rotate_quantize(const Floats& x, const std::optional<Signs>& signs, int block, int group,
+                     const Array<int8_t, 2>& q, const Array<float, 2>& scale, const Array<int32_t, 2>& sums) {
+    const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
+    const bool bf16 = is_bf16("x", x);
+    require(block == 32 || block == 64 || block == 128 || block == 256,
+            "the block must be 32, 64, 128 or 256, not " + std::to_string(block));
+    require_group(group);
+    require(group % block == 0 && cols % group == 0, "the block must divide the group and the group the inputs");
+    if (signs) require_length("signs", *signs, (cols + 7) / 8);
+    require_shape("q", q, tokens, cols);
+    require_shape("scale", scale, tokens, cols / group);
+    require_shape("sums", sums, tokens, cols / group);
+    nb::gil_scoped_release release;
+    const RotateJob job{x.data(), bf16, signs ? signs->data() : nullptr, q.data(), scale.data(), sums.data(), cols,
+                        block,    group};
+    const ProductKernels& use = *kernels().product;
+    run(tokens * cols, kTokenWork, tokens, [&](int64_t token, int) { use.rotate_quantize(job, token); });
+}
+
+// Every sum of one entry of each table fits into a byte exactly if the extremes do.
+void require_tables(const Array<const int8_t, 1>& tables) {
+    require_length("tables", tables, 40);
+    int least = 0, most = 0;
+    const int8_t* from = tables.data();
+    for (const int count : {16, 4, 4, 16}) {
+        least += *std::min_element(from, from + count);
+        most += *std::max_element(from, from + count);
+        from += count;
+    }
+    require(least >= -127 && most <= 127, "the tables' sums must stay within +-127");
+}
+
+// Scratch for as many threads as there are; the last of them never runs without the others.
+class Scratches {
+public:
+    Scratches(int threads, int64_t scales_each)
+        : scratches_(new ProductScratch[static_cast<size_t>(threads)]),
+          scales_(static_cast<size_t>(threads * scales_each)) {
+        for (int i = 0; i < threads; ++i) scratches_[static_cast<size_t>(i)].scales = scales_.data() + i * scales_each;
+    }
+
+    ProductScratch& operator[](int worker) { return scratches_[static_cast<size_t>(worker)]; }
+
+private:
+    std::unique_ptr<ProductScratch[]> scratches_;
+    std::vector<uint16_t> scales_;
+};
+
+void multiply(ProductJob job) {
+    const ProductKernels& use = *kernels().product;
+    const int64_t groups = row_groups(job.rows), work = job.tokens * job.rows * job.cols;
+    if (job.tokens == 0) return;
+    Scratches scratch(num_threads(), job.cols / job.group * kMaxPanel * kTileRows);
+    if (job.tokens <= use.few)
+        return run(work, kWorkOfAThread, groups,
+                   [&](int64_t index, int worker) { use.multiply_few(job, index, scratch[worker]); });
+    const std::unique_ptr<int8_t[]> packed(new int8_t[static_cast<size_t>(job.tokens * job.cols)]);
+    job.packed = packed.get();
+    run(job.tokens * job.cols, kTokenWork, (job.tokens + use.block - 1) / use.block,
+        [&](int64_t block, int) { use.pack(job, block); });
+    run(work, kWorkOfAThread, (groups + use.panel - 1) / use.panel,
+        [&](int64_t panel, int worker) { use.multiply(job, panel, scratch[worker]); });
+}
+
+void trellis_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>& input_scale,
+                    const Array<const int32_t, 2>& sums, const Array<const uint8_t, 2>& codes,
+                    const Array<const uint16_t, 2>& scales, float scale, const Array<const int8_t, 1>& tables,
+                    const std::optional<Array<const float, 1>>& bias, int bits, const Floats& out) {
+    const int64_t tokens = static_cast<int64_t>(q.shape(0)), cols = static_cast<int64_t>(q.shape(1));
+    const int64_t rows = static_cast<int64_t>(scales.shape(0)), groups = static_cast<int64_t>(scales.shape(1));
+    const bool bf16 = is_bf16("out", out);
+    require_bits(bits);
+    require(groups > 0 && cols % groups == 0, "scales must be [N, K / group]");
+    const int64_t group = cols / groups;
+    require_group(group);
+    require(group % 32 == 0, "a scale group is a multiple of 32 columns here, not " + std::to_string(group));
+    require_shape("scale", input_scale, tokens, groups);
+    require_shape("sums", sums, tokens, groups);
+    require_shape("codes", codes, row_groups(rows), 2 * bits * cols);
+    require_tables(tables);
+    if (bias) require_length("bias", *bias, rows);
+    require(static_cast<int64_t>(out.shape(0)) == tokens && static_cast<int64_t>(out.shape(1)) == rows,
+            "out must be [" + std::to_string(tokens) + ", " + std::to_string(rows) + "]");
+    nb::gil_scoped_release release;
+    multiply({q.data(),  input_scale.data(), sums.data(),
+              codes.data(), scales.data(),   scale,
+              tables.data(), bias ? bias->data() : nullptr, out.data(),
+              bf16, tokens, rows, cols, static_cast<int>(group), bits, nullptr});
+}
+
+}  // namespace
+
+void bind_product(nb::module_& m) {
+    m.def("rotate_quantize", &rotate_quantize, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "group"_a,
+          "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(),
+          "Rotate x float32 or bfloat16 bits [T, K] and quantize it to q int8 [T, K], scale and sums [T, K / group].");
+    m.def("trellis_linear", &trellis_linear, "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(),
+          "codes"_a.noconvert(), "scales"_a.noconvert(), "tensor_scale"_a, "tables"_a.noconvert(),
+          "bias"_a.noconvert().none(), "bits"_a, "out"_a.noconvert(),
+          "Fill out float32 or bfloat16 bits [T, N] with the product of quantized inputs and trellis weights.");
+}
+
+}  // namespace fewbit

@@ -1,0 +1,242 @@
+// AVX-512 (F, BW, VL, DQ, VBMI, VNNI): 64 weights per register, decoded by byte permutation, multiplied by vpdpbusd.
+#include <immintrin.h>
+
+#include "product.hpp"
+
+namespace fewbit {
+namespace {
+
+#include "rotate_quantize.hpp"
+#include "trellis_product.hpp"
+
+struct Rotation {
+    static constexpr int lanes = 16;
+    using Floats = __m512;
+    using Bits = __m512i;
+
+    static Floats load(const float* x) { return _mm512_loadu_ps(x); }
+
+    static Floats load(const uint16_t* x) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+
+    static Floats flip(Floats v, const uint8_t* signs) {
+        uint16_t bits;
+        __builtin_memcpy(&bits, signs, 2);
+        const __m512i x = _mm512_castps_si512(v), sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+        return _mm512_castsi512_ps(_mm512_mask_xor_epi32(x, bits, x, sign));
+    }
+
+    // x + partner in the lower lane of a pair, partner - x in the upper one.
+    static Floats butterfly(Floats x, Floats partner, __mmask16 upper) {
+        return _mm512_mask_sub_ps(_mm512_add_ps(x, partner), upper, partner, x);
+    }
+
+    static Floats inner_butterflies(Floats v) {
+        v = butterfly(v, _mm512_permute_ps(v, 0xb1), 0xaaaa);
+        v = butterfly(v, _mm512_permute_ps(v, 0x4e), 0xcccc);
+        v = butterfly(v, _mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
+        return butterfly(v, _mm512_shuffle_f32x4(v, v, 0x4e), 0xff00);
+    }
+
+    static Floats broadcast(float x) { return _mm512_set1_ps(x); }
+    static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+    static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static void store(float* to, Floats v) { _mm512_store_ps(to, v); }
+    static Bits nothing() { return _mm512_setzero_si512(); }
+    static Bits magnitude(Floats v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+    static Bits larger(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
+    static uint32_t largest_of(Bits bits) { return _mm512_reduce_max_epu32(bits); }
+
+    static int32_t quantize(const float* y, int count, float inverse, int8_t* q) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < count; i += lanes) {
+            const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(y + i), _mm512_set1_ps(inverse)));
+            sum = _mm512_add_epi32(sum, value);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(value));
+        }
+        return _mm512_reduce_add_epi32(sum);
+    }
+};
+
+inline __m512i broadcast4(const int8_t* four) {
+    int word;
+    __builtin_memcpy(&word, four, 4);
+    return _mm512_set1_epi32(word);
+}
+
+// sum += four products in each lane, unsigned weights times signed x. Written in assembly because GCC 12 copies
+// every accumulator of an array once per step around the intrinsic, which halves the speed.
+inline void accumulate(__m512i& sum, __m512i weights, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+}
+
+// Sixteen rows' integer sums, scaled and added to their totals.
+inline __m512 add_scaled(__m512 total, __m512i dots, __m512 weight_scale, float input_scale) {
+    const __m512 both = _mm512_mul_ps(weight_scale, _mm512_set1_ps(input_scale));
+    return _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(dots), both));
+}
+
+inline __m512 load_scales(const uint16_t* halves, float scale) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves));
+    return _mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(scale));
+}
+
+struct Wide {
+    static constexpr int kBlock = 12, kPanel = 2, kFew = 8;
+    static constexpr int kOrigin = 128;  // bytes are weights + 128: vpdpbusd takes one unsigned factor
+
+    // The two 64-entry tables (A + B, C + D + 128) and where the windows of 64 weights stand.
+    template <int K>
+    struct Decoder {
+        __m512i low, high, gather, low_shift, high_shift;
+
+        explicit Decoder(const int8_t* tables) {
+            alignas(64) uint8_t low_table[64], high_table[64], bytes[64], shift[64];
+            for (int i = 0; i < 64; ++i) {
+                low_table[i] = static_cast<uint8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
+                high_table[i] = static_cast<uint8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)] + kOrigin);
+                // Seen from two bytes before the chunk, weight i of eight has its window at bit k + 4 + k i.
+                bytes[i] = static_cast<uint8_t>(K * (i >> 3) + (i & 7));
+                shift[i] = static_cast<uint8_t>(K + 4 + K * (i & 7));
+            }
+            low = _mm512_load_si512(low_table);
+            high = _mm512_load_si512(high_table);
+            gather = _mm512_load_si512(bytes);
+            low_shift = _mm512_load_si512(shift);
+            high_shift = _mm512_add_epi8(low_shift, _mm512_set1_epi8(6));
+        }
+
+        // 64 weights, 16 rows x 4 columns; the bytes before `codes` count as zero at the start of a group.
+        __m512i chunk(const uint8_t* codes, bool start) const {
+            __m512i stream;
+            if constexpr (K == 4) {
+                stream = start ? _mm512_maskz_loadu_epi8(~3ull, codes - 2) : _mm512_loadu_si512(codes - 2);
+            } else {
+                const __m256i half = start ? _mm256_maskz_loadu_epi8(~3u, codes - 2)
+                                           : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes - 2));
+                stream = _mm512_castsi256_si512(half);
+            }
+            stream = _mm512_permutexvar_epi8(gather, stream);
+            const __m512i a = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(low_shift, stream), low);
+            const __m512i b = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(high_shift, stream), high);
+            return _mm512_add_epi8(a, b);
+        }
+
+        void decode(const uint8_t* codes, int chunks, uint8_t* out) const {
+            _mm512_store_si512(out, chunk(codes, true));
+            for (int c = 1; c < chunks; ++c) _mm512_store_si512(out + c * kChunk, chunk(codes + c * 8 * K, false));
+        }
+    };
+
+    template <int T>
+    static void tile(const ProductJob& job, const Tile& tile) {
+        const int64_t groups = job.cols / job.group, first = tile.token * groups + tile.g;
+        __m512i a[T], b[T];
+#pragma GCC unroll 12
+        for (int t = 0; t < T; ++t) a[t] = b[t] = _mm512_set1_epi32(-kOrigin * job.sums[first + t * groups]);
+        const uint8_t* weights = tile.weights;
+        const int8_t* inputs = tile.packed;
+        for (int c = 0; c < job.group / 4; ++c, weights += kChunk, inputs += 4 * T) {
+            const __m512i wa = _mm512_load_si512(weights), wb = _mm512_load_si512(weights + kGroupWeights);
+#pragma GCC unroll 12
+            for (int t = 0; t < T; ++t) {
+                const __m512i x = broadcast4(inputs + 4 * t);
+                accumulate(a[t], wa, x);
+                accumulate(b[t], wb, x);
+            }
+        }
+        const __m512 scale_a = load_scales(tile.scales, job.scale);
+        const __m512 scale_b = load_scales(tile.scales + kTileRows, job.scale);
+        float* total = tile.total;
+#pragma GCC unroll 12
+        for (int t = 0; t < T; ++t, total += 2 * kTileRows) {
+            const float input_scale = job.input_scale[first + t * groups];
+            _mm512_storeu_ps(total, add_scaled(_mm512_loadu_ps(total), a[t], scale_a, input_scale));
+            float* next = total + kTileRows;
+            _mm512_storeu_ps(next, add_scaled(_mm512_loadu_ps(next), b[t], scale_b, input_scale));
+        }
+    }
+};
+
+// The group's sums of T tokens, decoding in registers; a token's sum is the total of its `copies` chains.
+template <int K, int T>
+struct Few {
+    static constexpr int copies = T == 1 ? 4 : T <= 3 ? 2 : 1;
+    static constexpr int kStep = 8;               // chunks, 64 k bytes
+    static constexpr int kNear = 1536, kFar = 12288;
+
+    template <bool Start>
+    static inline void step(const Wide::Decoder<K>& decoder, const uint8_t* codes, const int8_t* const* inputs, int c,
+                            __m512i (&dots)[T][copies]) {
+#pragma GCC unroll 4
+        for (int line = 0; line < K; ++line) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + kFar + 64 * line), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(codes + kNear + 64 * line), _MM_HINT_T0);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kStep; ++i) {
+            const __m512i weights = decoder.chunk(codes + i * 8 * K, Start && i == 0);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                __m512i& dot = dots[t][i % copies];
+                dot = _mm512_dpbusd_epi32(dot, weights, broadcast4(inputs[t] + 4 * (c + i)));
+            }
+        }
+    }
+
+    static void multiply(const ProductJob& job, int64_t row_group, ProductScratch& scratch) {
+        const int64_t groups = job.cols / job.group;
+        const Wide::Decoder<K> decoder(job.tables);
+        panel_scales(job, row_group, 1, scratch.scales);
+        __m512 total[T];
+        for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; ++g) {
+            const uint8_t* codes = group_codes<K>(job, row_group, g, scratch);
+            const int8_t* inputs[T];
+            __m512i dots[T][copies];
+            for (int t = 0; t < T; ++t) {
+                inputs[t] = job.q + t * job.cols + g * job.group;
+                dots[t][0] = _mm512_set1_epi32(-Wide::kOrigin * job.sums[t * groups + g]);
+                for (int i = 1; i < copies; ++i) dots[t][i] = _mm512_setzero_si512();
+            }
+            step<true>(decoder, codes, inputs, 0, dots);
+            for (int c = kStep; c < job.group / 4; c += kStep) step<false>(decoder, codes + c * 8 * K, inputs, c, dots);
+            const __m512 scale = load_scales(scratch.scales + g * kTileRows, job.scale);
+            for (int t = 0; t < T; ++t) {
+                for (int i = 1; i < copies; ++i) dots[t][0] = _mm512_add_epi32(dots[t][0], dots[t][i]);
+                total[t] = add_scaled(total[t], dots[t][0], scale, job.input_scale[t * groups + g]);
+            }
+        }
+        for (int t = 0; t < T; ++t) {
+            alignas(64) float y[kTileRows];
+            _mm512_store_ps(y, total[t]);
+            write_rows(job, t, row_group, y);
+        }
+    }
+};
+
+template <int K, int T = Wide::kFew>
+void multiply_few_bits(const ProductJob& job, int64_t row_group, ProductScratch& scratch) {
+    if constexpr (T > 1) {
+        if (job.tokens < T) return multiply_few_bits<K, T - 1>(job, row_group, scratch);
+    }
+    Few<K, T>::multiply(job, row_group, scratch);
+}
+
+void multiply_few(const ProductJob& job, int64_t row_group, ProductScratch& scratch) {
+    switch (job.bits) {
+        case 2: return multiply_few_bits<2>(job, row_group, scratch);
+        case 3: return multiply_few_bits<3>(job, row_group, scratch);
+        default: return multiply_few_bits<4>(job, row_group, scratch);
+    }
+}
+
+}  // namespace
+
+const ProductKernels kAvx512Product = {rotate_quantize<Rotation>, Wide::kFew, multiply_few, Wide::kBlock,
+                                       pack_tokens<Wide>, Wide::kPanel, multiply<Wide>};
+
+}  // namespace fewbit

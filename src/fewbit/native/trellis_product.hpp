@@ -1,0 +1,127 @@
+// Products of quantized inputs with trellis weights: what does not depend on the instruction set.
+// Include inside an anonymous namespace only: every unit compiles its own copy with its own flags.
+//
+// A unit provides V with
+//   kBlock, kPanel            tokens and row groups of one register tile
+//   Decoder<K>(tables)        and its decode(codes, chunks, out): one row group in one scale group to bytes
+//                             [chunk][16 rows][4 columns]; it may read kSlack bytes around the codes
+//   tile<T>(...)              the integer sums of T tokens with a panel's bytes, scaled and added to `total`
+
+// Codes of a row group in scale group g: copied where reading around them would leave the tensor.
+template <int K>
+inline const uint8_t* group_codes(const ProductJob& job, int64_t row_group, int64_t g, ProductScratch& scratch) {
+    const int64_t row_groups = (job.rows + kTileRows - 1) / kTileRows, groups = job.cols / job.group;
+    const uint8_t* codes = job.codes + row_group * 2 * K * job.cols + g * 2 * K * job.group;
+    const int64_t index = row_group * groups + g, last = row_groups * groups - 1;
+    // Groups are at least kSlack bytes, so only the first and the last have less than that around them.
+    if (index != 0 && index != last) return codes;
+    __builtin_memcpy(scratch.edge + kSlack, codes, static_cast<size_t>(2 * K * job.group));
+    return scratch.edge + kSlack;
+}
+
+// Scales [group][row group of the panel][16] of the rows from `row_group`, zero where there are no rows.
+inline void panel_scales(const ProductJob& job, int64_t row_group, int panel, uint16_t* out) {
+    const int64_t groups = job.cols / job.group;
+    const int width = panel * kTileRows;
+    for (int r = 0; r < width; ++r) {
+        const int64_t row = row_group * kTileRows + r;
+        const uint16_t* from = job.scales + row * groups;
+        for (int64_t g = 0; g < groups; ++g) out[g * width + r] = row < job.rows ? from[g] : 0;
+    }
+}
+
+// One row group's results for a token, with the bias, in the type of the output.
+inline void write_rows(const ProductJob& job, int64_t token, int64_t row_group, const float* total) {
+    const int64_t row = row_group * kTileRows;
+    const int rows = job.rows - row < kTileRows ? static_cast<int>(job.rows - row) : kTileRows;
+    float y[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) y[r] = total[r];
+    if (job.bias)
+        for (int r = 0; r < rows; ++r) y[r] += job.bias[row + r];
+    if (!job.bf16) {
+        float* out = static_cast<float*>(job.out) + token * job.rows + row;
+        if (rows == kTileRows) __builtin_memcpy(out, y, sizeof y);
+        else __builtin_memcpy(out, y, static_cast<size_t>(rows) * 4);
+        return;
+    }
+    uint16_t half[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, &y[r], 4);
+        const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        half[r] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+    uint16_t* out = static_cast<uint16_t*>(job.out) + token * job.rows + row;
+    if (rows == kTileRows) __builtin_memcpy(out, half, sizeof half);
+    else __builtin_memcpy(out, half, static_cast<size_t>(rows) * 2);
+}
+
+// Block of T tokens as [chunk][T][4 columns], so that a register tile reads one stream.
+template <class V>
+void pack_tokens(const ProductJob& job, int64_t block) {
+    const int64_t first = block * V::kBlock;
+    const int64_t count = job.tokens - first < V::kBlock ? job.tokens - first : V::kBlock;
+    int8_t* out = job.packed + first * job.cols;
+    for (int64_t t = 0; t < count; ++t) {
+        const int8_t* from = job.q + (first + t) * job.cols;
+        for (int64_t c = 0; c < job.cols / 4; ++c) __builtin_memcpy(out + (c * count + t) * 4, from + c * 4, 4);
+    }
+}
+
+// What a register tile works on: scale group g of one panel with the tokens from `token`.
+struct Tile {
+    const uint8_t* weights;                       // [panel][kGroupWeights]
+    const int8_t* packed;                         // [chunk][T][4]
+    const uint16_t* scales;                       // [panel][16]
+    float* total;                                 // [T][panel][16]
+    int64_t token, g;
+};
+
+template <class V, int T = V::kBlock>
+inline void multiply_tile(const ProductJob& job, const Tile& tile, int64_t tokens) {
+    if constexpr (T > 1) {
+        if (tokens < T) return multiply_tile<V, T - 1>(job, tile, tokens);
+    }
+    V::template tile<T>(job, tile);
+}
+
+template <class V, int K>
+void multiply_bits(const ProductJob& job, int64_t panel, ProductScratch& scratch) {
+    const int64_t row_groups = (job.rows + kTileRows - 1) / kTileRows, groups = job.cols / job.group;
+    const int64_t row_group = panel * V::kPanel;
+    const int count = row_groups - row_group < V::kPanel ? static_cast<int>(row_groups - row_group) : V::kPanel;
+    constexpr int width = V::kPanel * kTileRows;
+    const typename V::template Decoder<K> decoder(job.tables);
+    panel_scales(job, row_group, V::kPanel, scratch.scales);
+    for (int64_t begin = 0; begin < job.tokens; begin += kTokenTile) {
+        const int64_t end = job.tokens - begin < kTokenTile ? job.tokens : begin + kTokenTile;
+        __builtin_memset(scratch.total, 0, static_cast<size_t>((end - begin) * width) * sizeof(float));
+        for (int64_t g = 0; g < groups; ++g) {
+            for (int p = 0; p < count; ++p)
+                decoder.decode(group_codes<K>(job, row_group + p, g, scratch), job.group / 4,
+                               scratch.weights + p * kGroupWeights);
+            for (int64_t token = begin; token < end; token += V::kBlock) {
+                const int64_t left = job.tokens - token, tokens = left < V::kBlock ? left : V::kBlock;
+                const Tile tile{scratch.weights,
+                                job.packed + token * job.cols + g * job.group * tokens,
+                                scratch.scales + g * width,
+                                scratch.total + (token - begin) * width,
+                                token,
+                                g};
+                multiply_tile<V>(job, tile, tokens);
+            }
+        }
+        for (int64_t token = begin; token < end; ++token)
+            for (int p = 0; p < count; ++p)
+                write_rows(job, token, row_group + p, scratch.total + (token - begin) * width + p * kTileRows);
+    }
+}
+
+template <class V>
+void multiply(const ProductJob& job, int64_t panel, ProductScratch& scratch) {
+    switch (job.bits) {
+        case 2: return multiply_bits<V, 2>(job, panel, scratch);
+        case 3: return multiply_bits<V, 3>(job, panel, scratch);
+        default: return multiply_bits<V, 4>(job, panel, scratch);
+    }
+}

@@ -1,0 +1,100 @@
+"""The operators' kernels: native code on the CPU, the reference everywhere else.
+
+Importing this module makes `torch.ops.fewbit` usable.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fewbit.ops import reference, schemas
+from fewbit.ops.extension import load_native
+from fewbit.ops.schemas import FLOATS as FLOATS
+
+NATIVE_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def rotate_quantize(
+    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.rotate_quantize`; `ValueError` for arguments that do not fit."""
+    schemas.require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
+    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group)
+    native = load_native()
+    if native is None:
+        return reference.rotate_quantize(x, signs, block, group)
+    x = x.contiguous() if x.dtype in NATIVE_FLOATS else x.float().contiguous()
+    tokens, cols = x.shape
+    q = torch.empty(tokens, cols, dtype=torch.int8)
+    scale = torch.empty(tokens, cols // group)
+    sums = torch.empty(tokens, cols // group, dtype=torch.int32)
+    native.rotate_quantize(_bits(x), signs, block, group, q, scale, sums)
+    return q, scale, sums
+
+
+def trellis_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    sums: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `reference.trellis_linear`; `ValueError` for arguments that do not fit."""
+    schemas.check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
+    schemas.check_inputs(q, scale, sums, scales.shape[1])
+    schemas.require(dtype in schemas.FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    native = load_native()
+    if native is None:
+        return reference.trellis_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, dtype)
+    out = torch.empty(q.shape[0], scales.shape[0], dtype=dtype if dtype in NATIVE_FLOATS else torch.float32)
+    native.trellis_linear(
+        q.contiguous(),
+        scale.contiguous(),
+        sums.contiguous(),
+        codes.contiguous(),
+        _bits(scales.contiguous()),
+        tensor_scale.item(),
+        tables.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        bits,
+        _bits(out),
+    )
+    return out.to(dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    block: int,
+) -> torch.Tensor:
+    """See `reference.linear`; `ValueError` for arguments that do not fit."""
+    schemas.check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
+    q, scale, sums = rotate_quantize(x.reshape(-1, x.shape[-1]), signs, block, x.shape[-1] // scales.shape[1])
+    y = trellis_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, x.dtype)
+    return y.view(*x.shape[:-1], scales.shape[0])
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """16-bit floats as the integers that native code takes them as; others as they are."""
+    return x.view(torch.uint16) if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# Devices without a kernel of their own compute what the specification says.
+for _name, _native, _reference in (
+    ("rotate_quantize", rotate_quantize, reference.rotate_quantize),
+    ("trellis_linear", trellis_linear, reference.trellis_linear),
+    ("linear", linear, reference.linear),
+):
+    torch.library.impl(f"fewbit::{_name}", "CPU")(_native)
+    torch.library.impl(f"fewbit::{_name}", "CompositeExplicitAutograd")(_reference)

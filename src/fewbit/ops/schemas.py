@@ -1,0 +1,138 @@
+"""Every operator once: its signature, what it demands of its arguments, and its fake for torch.compile.
+
+The kernels are registered in `fewbit.ops.cpu`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fewbit.math.hadamard import MAX_BLOCK, MIN_BLOCK
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BITS = (2, 3, 4)
+ROW_GROUP = 16
+MAX_GROUP = 256
+
+torch.library.define(
+    "fewbit::rotate_quantize", "(Tensor x, Tensor? signs, int block, int group) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define(
+    "fewbit::trellis_linear",
+    "(Tensor q, Tensor scale, Tensor sums, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor tables, "
+    "Tensor? bias, int bits, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "fewbit::linear",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor tables, Tensor? signs, Tensor? bias, "
+    "int bits, int block) -> Tensor",
+)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError` unless an argument is what the operator demands."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+
+
+def check_rotation(cols: int, dtype: torch.dtype, signs: torch.Tensor | None, block: int, group: int) -> None:
+    """Raise `ValueError` unless inputs of `cols` columns can be rotated and quantized like that."""
+    require(dtype in FLOATS, f"x must be float32, bfloat16 or float16, not {dtype}")
+    power = block > 0 and block & (block - 1) == 0
+    require(power and MIN_BLOCK <= block <= MAX_BLOCK, f"the block must be 32, 64, 128 or 256, not {block}")
+    require(
+        0 < group <= MAX_GROUP and group % block == 0,
+        f"the scale group must be a multiple of the block {block} up to {MAX_GROUP}, not {group}",
+    )
+    require(cols % group == 0, f"{cols} inputs are not a multiple of the scale group {group}")
+    if signs is not None:
+        _require_tensor("signs", signs, (-(-cols // 8),), torch.uint8)
+
+
+def check_weights(
+    cols: int,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+) -> None:
+    """Raise `ValueError` unless these are the parts of a trellis matrix with `cols` inputs."""
+    require(bits in BITS, f"the trellis has 2, 3 or 4 bits, not {bits}")
+    require(
+        scales.dtype == torch.float16 and scales.dim() == 2 and 0 not in scales.shape,
+        f"scales must be float16 [N, K / group], not {scales.dtype} {list(scales.shape)}",
+    )
+    rows, groups = scales.shape
+    group = cols // groups
+    require(
+        cols == group * groups and group % MIN_BLOCK == 0 and 0 < group <= MAX_GROUP,
+        f"{cols} inputs in {groups} scale groups: a group is a multiple of {MIN_BLOCK} up to {MAX_GROUP} columns",
+    )
+    _require_tensor("codes", codes, (-(-rows // ROW_GROUP), 2 * bits * cols), torch.uint8)
+    _require_tensor("tensor_scale", tensor_scale, (1,), torch.float32)
+    _require_tensor("tables", tables, (40,), torch.int8)
+    if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS):
+        raise ValueError(f"bias must be float [{rows}], not {bias.dtype} {list(bias.shape)}")
+
+
+def check_inputs(q: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor, groups: int) -> None:
+    """Raise `ValueError` unless these are quantized inputs in `groups` scale groups."""
+    require(q.dim() == 2 and q.dtype == torch.int8, f"q must be int8 [T, K], not {q.dtype} {list(q.shape)}")
+    _require_tensor("scale", scale, (q.shape[0], groups), torch.float32)
+    _require_tensor("sums", sums, (q.shape[0], groups), torch.int32)
+
+
+@torch.library.register_fake("fewbit::rotate_quantize")
+def _rotate_quantize(
+    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
+    check_rotation(x.shape[1], x.dtype, signs, block, group)
+    shape = (x.shape[0], x.shape[1] // group)
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(shape, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fewbit::trellis_linear")
+def _trellis_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    sums: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
+    check_inputs(q, scale, sums, scales.shape[1])
+    return q.new_empty((q.shape[0], scales.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("fewbit::linear")
+def _linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    block: int,
+) -> torch.Tensor:
+    check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
+    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // scales.shape[1])
+    return x.new_empty((*x.shape[:-1], scales.shape[0]))

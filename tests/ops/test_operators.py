@@ -1,0 +1,231 @@
+"""The operators of inference: every instruction set, thread count and batch size computes what the reference says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fewbit.formats import get_format
+from fewbit.formats.trellis import load_tables
+from fewbit.math.hadamard import pack_signs, random_signs, rotate
+from fewbit.ops import cpu, reference
+from fewbit.ops.extension import load_native
+
+native = load_native()
+needs_native = pytest.mark.skipif(native is None, reason="the native extension is not built")
+ops = torch.ops.fewbit
+
+# Runs odd shapes through the operators in a fresh interpreter and prints a digest of everything they return.
+# argv: number of threads (0: leave), "missing" to hide the extension, which leaves the reference.
+SCRIPT = """
+import hashlib, sys, warnings
+if "missing" in sys.argv: sys.modules["fewbit._native"] = None
+import torch
+from fewbit.formats import get_format
+from fewbit.formats.trellis import load_tables
+from fewbit.math.hadamard import pack_signs, random_signs
+from fewbit.ops import cpu
+from fewbit.ops.extension import load_native
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    native = load_native()
+if int(sys.argv[1]): native.set_num_threads(int(sys.argv[1]))
+torch.set_num_threads(1)
+state = hashlib.sha256()
+CASES = [(1, 64, (0, 1, 2, 513)), (15, 576, (1, 7, 33)), (17, 1536, (2, 8, 9)), (40, 8960, (1, 33)), (33, 96, (3, 9)),
+         (65, 640, (4, 5, 6, 13, 400))]
+for rows, cols, batches in CASES:
+    for bits in (2, 3, 4):
+        generator = torch.Generator().manual_seed(rows + bits)
+        spec = get_format("trellis").spec(rows, cols, bits)
+        codes = torch.randint(0, 256, (-(-rows // 16), 2 * bits * cols), dtype=torch.uint8, generator=generator)
+        scales = (torch.rand(rows, spec.groups, generator=generator) - 0.2).half()
+        signs = pack_signs(random_signs(cols, rows))
+        for tokens in batches:
+            x = torch.randn(tokens, cols, generator=generator)
+            for dtype in (torch.float32, torch.bfloat16):
+                found = torch.ops.fewbit.rotate_quantize(x.to(dtype), signs, spec.block, spec.group)
+                bias = torch.randn(rows, generator=generator) if bits == 3 else None
+                y = torch.ops.fewbit.trellis_linear(
+                    *found, codes, scales, torch.tensor([0.003]), load_tables(bits)[0], bias, bits, dtype)
+                for tensor in (*found, y.float()):
+                    state.update(tensor.contiguous().numpy().tobytes())
+print(state.hexdigest(), native.isa() if native else "torch")
+"""
+
+
+def _run(isa: str | None = None, threads: int = 0, *flags: str) -> list[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "FEWBIT_ISA"}
+    if isa:
+        environment["FEWBIT_ISA"] = isa
+    command = [sys.executable, "-c", SCRIPT, str(threads), *flags]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def specified() -> str:
+    """The digest of the reference."""
+    digest, backend = _run(None, 0, "missing")
+    assert backend == "torch"
+    return digest
+
+
+def _matrix(rows: int, cols: int, bits: int = 3, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    spec = get_format("trellis").spec(rows, cols, bits)
+    return {
+        "codes": torch.randint(0, 256, (-(-rows // 16), 2 * bits * cols), dtype=torch.uint8, generator=generator),
+        "scales": (torch.rand(rows, spec.groups, generator=generator) + 0.5).half(),
+        "tensor_scale": torch.tensor([0.01]),
+        "tables": load_tables(bits)[0],
+        "signs": pack_signs(random_signs(cols, seed)),
+        "bias": torch.randn(rows, generator=generator),
+        "bits": bits,
+        "block": spec.block,
+    }
+
+
+def _inputs(tokens: int, cols: int) -> torch.Tensor:
+    return torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.available_isas() if native else [])
+def test_every_instruction_set_gives_the_reference_bit_for_bit(isa, specified):
+    assert _run(isa) == [specified, isa]
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_bit(threads, specified):
+    assert _run(None, threads)[0] == specified
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), [(40, 1536), (17, 192), (100, 64)])
+def test_a_token_gets_the_same_result_in_every_batch(rows, cols, dtype):
+    weights = _matrix(rows, cols)
+    x = _inputs(61, cols).to(dtype)
+    together = ops.linear(x, **weights)
+    for size in (1, 2, 3, 7, 8, 9, 12, 13, 33):
+        for first in (0, 61 - size):
+            assert torch.equal(ops.linear(x[first : first + size], **weights), together[first : first + size])
+
+
+def test_the_product_is_that_of_the_plain_weights_up_to_eight_bit_inputs():
+    rows, cols = 48, 576
+    weights = _matrix(rows, cols)
+    spec = get_format("trellis").spec(rows, cols, 3)
+    parts = {"codes": weights["codes"], "scales": weights["scales"], "scale": weights["tensor_scale"]}
+    rotated = get_format("trellis").dequantize({**parts, "tables": weights["tables"]}, spec)
+    x = _inputs(9, cols)
+    exact = rotate(x, random_signs(cols, 0), spec.block) @ rotated.T + weights["bias"]
+    error = (ops.linear(x, **weights) - exact).norm() / exact.norm()
+    assert error < 0.01
+
+
+def test_quantized_inputs_are_the_rotated_ones_within_half_a_step():
+    x, signs = _inputs(5, 512) * 3, random_signs(512, 1)
+    q, scale, sums = ops.rotate_quantize(x, pack_signs(signs), 256, 256)
+    rotated = rotate(x, signs, 256)
+    restored = (q.view(5, 2, 256) * scale[..., None]).view(5, 512)
+    assert ((restored - rotated).abs().view(5, 2, 256) <= scale[..., None] * 0.50001).all()
+    assert torch.equal(sums, q.view(5, 2, 256).sum(2, dtype=torch.int32))
+    assert q.view(5, 2, 256).abs().amax(2).eq(127).all()
+
+
+def test_a_zero_group_quantizes_to_zero_and_a_spoilt_one_says_nan():
+    x = torch.randn(3, 512)
+    x[0, :256] = 0
+    x[1, 300] = torch.nan
+    x[2, 7] = torch.inf
+    for found in (ops.rotate_quantize(x, None, 256, 256), reference.rotate_quantize(x, None, 256, 256)):
+        q, scale, sums = found
+        assert scale[0, 0] == 0
+        assert scale.isnan().tolist() == [[False, False], [False, True], [True, False]]
+        for token, group in ((0, 0), (1, 1), (2, 0)):
+            assert not q[token, 256 * group : 256 * (group + 1)].any()
+            assert sums[token, group] == 0
+
+
+def test_leading_dimensions_strides_and_half_precision_are_accepted():
+    weights = _matrix(20, 128)
+    x = _inputs(12, 256).view(3, 4, 256)[..., ::2]
+    y = ops.linear(x, **weights)
+    assert y.shape == (3, 4, 20)
+    assert torch.equal(y.view(12, 20), ops.linear(x.reshape(12, 128).contiguous(), **weights))
+    half = ops.linear(x.half(), **weights)
+    assert half.dtype == torch.float16
+    assert torch.equal(half, ops.linear(x.half().float(), **weights).half())
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 20])
+def test_operators_pass_opcheck(tokens):
+    weights = _matrix(20, 192)
+    x = _inputs(tokens, 192)
+    torch.library.opcheck(ops.linear, (x,), weights)
+    torch.library.opcheck(ops.rotate_quantize, (x, weights["signs"], 64, 192))
+    found = ops.rotate_quantize(x, weights["signs"], 64, 192)
+    parts = [weights[name] for name in ("codes", "scales", "tensor_scale", "tables", "bias")]
+    torch.library.opcheck(ops.trellis_linear, (*found, *parts, 3, torch.bfloat16))
+
+
+def test_a_compiled_graph_gives_the_eager_result():
+    weights = _matrix(20, 192)
+    compiled = torch.compile(lambda x: ops.linear(x, **weights) * 2, fullgraph=True, backend="aot_eager")
+    x = _inputs(5, 192)
+    assert torch.equal(compiled(x), ops.linear(x, **weights) * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 5}, "2, 3 or 4 bits, not 5"),
+        ({"block": 48}, "block must be 32, 64, 128 or 256, not 48"),
+        ({"block": 256}, "multiple of the block 256"),
+        (
+            {"codes": torch.zeros(2, 6 * 192, dtype=torch.int8)},
+            r"codes must be torch.uint8 \[2, 1152\], not torch.int8",
+        ),
+        ({"codes": torch.zeros(1, 6 * 192, dtype=torch.uint8)}, r"codes must be .* not torch.uint8 \[1, 1152\]"),
+        ({"scales": torch.ones(20, 1)}, r"scales must be float16 \[N, K / group\], not torch.float32"),
+        ({"scales": torch.ones(20, 5).half()}, "192 inputs in 5 scale groups"),
+        ({"scales": torch.ones(20, 0).half()}, "scales must be float16"),
+        ({"tensor_scale": torch.ones(2)}, r"tensor_scale must be torch.float32 \[1\]"),
+        ({"tables": torch.zeros(41, dtype=torch.int8)}, r"tables must be torch.int8 \[40\]"),
+        ({"signs": torch.zeros(23, dtype=torch.uint8)}, r"signs must be torch.uint8 \[24\]"),
+        ({"bias": torch.zeros(21)}, r"bias must be float \[20\]"),
+        ({"x": torch.zeros(2, 191)}, "191 inputs in 1 scale groups"),
+        ({"x": torch.zeros(2, 192, dtype=torch.int32)}, "x must be float32, bfloat16 or float16"),
+    ],
+)
+def test_malformed_arguments_raise_value_errors_that_name_them(change, message):
+    arguments = {"x": torch.zeros(2, 192), **_matrix(20, 192), **change}
+    with pytest.raises(ValueError, match=message):
+        cpu.linear(**arguments)
+    with pytest.raises(ValueError, match=message):
+        ops.linear(**arguments)
+
+
+@needs_native
+def test_tables_that_leave_a_byte_are_refused():
+    weights = {**_matrix(20, 192), "tables": torch.full((40,), 60, dtype=torch.int8)}
+    with pytest.raises(ValueError, match=r"within \+-127"):
+        ops.linear(torch.zeros(2, 192), **weights)
+
+
+def test_quantized_inputs_that_disagree_are_refused():
+    weights = _matrix(20, 192)
+    q, scale, sums = ops.rotate_quantize(torch.randn(2, 192), None, 64, 192)
+    parts = [weights[name] for name in ("codes", "scales", "tensor_scale", "tables", "bias")]
+    for broken, message in (
+        ((q.int(), scale, sums), "q must be int8"),
+        ((q, scale[:1], sums), r"scale must be torch.float32 \[2, 1\]"),
+        ((q, scale, sums.float()), r"sums must be torch.int32 \[2, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.trellis_linear(*broken, *parts, 3, torch.float32)
