@@ -85,7 +85,7 @@ TEXTS = {
 _WIKI = Member("exllamav3", "1.6.5", "exllamav3/conversion/standard_cal_data/wiki.utf8")
 _C4 = Member("exllamav3", "1.6.5", "exllamav3/conversion/standard_cal_data/c4.utf8")
 _AUSTEN = "r-cran-janeaustenr"
-_LOCAL_INSTEAD = "check the network or pass --model/--text with local files"
+_LOCAL_INSTEAD = "check the network, or give local files: a model directory, --calib, --text"
 
 
 def default_cache_dir() -> Path:
