@@ -7,7 +7,8 @@ import torch
 
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.formats import format_names, get_format
-from fewbit.math.rounding import inverse_factor, quantize_rotated, round_in_chunks
+from fewbit.math.hadamard import random_signs
+from fewbit.math.rounding import inverse_factor, quantize_matrix, quantize_rotated, round_in_chunks
 
 CASES = [(name, bits) for name in format_names() for bits in get_format(name).bits]
 
@@ -156,3 +157,25 @@ def test_inputs_that_disagree_with_the_plan_are_refused():
     weight[1, 7] = torch.inf
     with pytest.raises(NonFiniteWeights):
         quantize_rotated(fmt, weight, spec)
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_matrix_taken_in_chunks_of_rows_gives_the_same_bytes(name, bits, feedback):
+    fmt = get_format(name)
+    spec = fmt.spec(90, 512, bits)
+    weight = _random(10, 90, 512)
+    weight[32:64] = 0
+    weight[64:80] *= 30
+    signs = random_signs(512, 3) if spec.block > 1 else None
+    factor = inverse_factor(_hessian(512)) if feedback else None
+    whole = quantize_matrix(fmt, weight, spec, signs, factor)
+    chunked = quantize_matrix(fmt, weight, spec, signs, factor, chunk_rows=32)
+    assert {key: part.shape for key, part in chunked.parts.items()} == {
+        key: torch.Size(shape) for key, (shape, _) in fmt.layout(spec).items()
+    }
+    if name in ("trellis", "int8"):
+        assert all(torch.equal(part, chunked.parts[key]) for key, part in whole.parts.items())
+    torch.testing.assert_close(chunked.values, whole.values, rtol=1e-3, atol=1e-4)
+    assert chunked.relative_error == pytest.approx(whole.relative_error, rel=1e-3)
+    assert quantize_matrix(fmt, weight, spec, signs, factor, keep_values=False).values.numel() == 0

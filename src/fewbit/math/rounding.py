@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
+from fewbit.math.hadamard import rotate
 
 if TYPE_CHECKING:
     from fewbit.formats.base import Format, TensorSpec
 
 MAX_DAMPING = 10.0
+CHUNK_ROWS = 16384
 
 _log = logging.getLogger(__name__)
 
@@ -115,12 +117,17 @@ def round_in_chunks(
 
 
 def quantize_rotated(
-    fmt: Format, weight: torch.Tensor, spec: TensorSpec, factor: torch.Tensor | None = None
+    fmt: Format,
+    weight: torch.Tensor,
+    spec: TensorSpec,
+    factor: torch.Tensor | None = None,
+    tensor_scale: float | None = None,
 ) -> Quantized:
     """Quantize a matrix that is already rotated where the format asks for it.
 
     `weight` is `[rows, cols]` of any floating type, `factor` the `U [cols, cols]` of `inverse_factor` in the
-    same basis as the weight, or None for plain rounding. Goes over the groups of columns in order; with a
+    same basis as the weight, or None for plain rounding; `tensor_scale` is given where the matrix is part of a
+    larger one. Goes over the groups of columns in order; with a
     factor, every group's error is subtracted from the columns still to come (LDLQ, arXiv 2307.13304;
     GPTQ, arXiv 2210.17323). Raises `NonFiniteWeights` for NaN or infinity, `UsageError` where shapes disagree.
     """
@@ -132,7 +139,8 @@ def quantize_rotated(
     if not bool(torch.isfinite(original).all()):
         raise NonFiniteWeights("the weight holds NaN or infinity; mend the source checkpoint, or leave the tensor out")
     current = original if factor is None else original.clone()
-    tensor_scale = fmt.tensor_scale(original, spec)
+    if tensor_scale is None:
+        tensor_scale = fmt.tensor_scale(original, spec)
     groups = []
     lost = 0.0
     for start in range(0, spec.cols, spec.group):
@@ -149,3 +157,45 @@ def quantize_rotated(
     values = torch.cat([encoded.values for encoded in groups], dim=1)
     parts = fmt.assemble(groups, spec, tensor_scale)
     return Quantized(parts, values, lost / total if total > 0.0 else 0.0)
+
+
+def quantize_matrix(
+    fmt: Format,
+    weight: torch.Tensor,
+    spec: TensorSpec,
+    signs: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    keep_values: bool = True,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Quantized:
+    """Rotate and quantize a matrix, `chunk_rows` rows at a time, so that a large table is never held twice.
+
+    `weight` is `[rows, cols]`, `signs` float32 `[cols]` (None: not rotated), `factor` as for
+    `quantize_rotated`; the result does not depend on `chunk_rows`, a multiple of 16. Without
+    `keep_values` the result's values are empty.
+    """
+    pieces = weight.split(chunk_rows)
+    specs = [replace(spec, rows=piece.shape[0]) for piece in pieces]
+
+    def rotated(piece: torch.Tensor) -> torch.Tensor:
+        return piece.float() if signs is None else rotate(piece.float(), signs, spec.block)
+
+    shared = None
+    if len(pieces) > 1:
+        # Rows of zeros, such as unused tokens, have no scale of their own to compare.
+        found = [fmt.tensor_scale(rotated(p), s) for p, s in zip(pieces, specs, strict=True) if bool(p.any())]
+        shared = max(found, default=1.0)
+    done: list[Quantized] = []
+    for piece, piece_spec in zip(pieces, specs, strict=True):
+        quantized = quantize_rotated(fmt, rotated(piece), piece_spec, factor, shared)
+        done.append(quantized if keep_values else replace(quantized, values=torch.empty(0)))
+    energies = [float(piece.double().square().sum()) for piece in pieces]
+    lost = sum(energy * quantized.relative_error for energy, quantized in zip(energies, done, strict=True))
+    parts = {name: _join_rows([q.parts[name] for q in done], shape) for name, (shape, _) in fmt.layout(spec).items()}
+    values = torch.cat([quantized.values for quantized in done])
+    return Quantized(parts, values, lost / sum(energies) if sum(energies) > 0.0 else 0.0)
+
+
+def _join_rows(pieces: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """Parts that grow with the rows one under the other; parts of the whole matrix once."""
+    return pieces[0] if tuple(pieces[0].shape) == tuple(shape) else torch.cat(pieces)

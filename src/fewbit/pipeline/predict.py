@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fewbit.formats import get_format
-from fewbit.math.rounding import inverse_factor, quantize_rotated
+from fewbit.math.rounding import CHUNK_ROWS, inverse_factor, quantize_rotated
 from fewbit.pipeline.calibrate import bfloat16_products
 from fewbit.pipeline.plan import Plan, PlannedTensor
 
@@ -50,7 +50,7 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
         if tensor.kind == "body":
             layer = tensor.shared_input.partition(".")[0]
             layers[layer] = layers.get(layer, 0) + 4 * tensor.weights
-    rounding = max((4 * COPIES_WHILE_ROUNDING * tensor.weights for tensor in plan.quantized), default=0)
+    rounding = max((4 * COPIES_WHILE_ROUNDING * _chunk_weights(tensor) for tensor in plan.quantized), default=0)
     hidden = 0
     hessian = 0
     if windows is not None:
@@ -60,7 +60,11 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
     largest_layer = max(layers.values(), default=0)
     table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)
     present = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(present + hidden + max(largest_layer + hessian + rounding, table_bytes))
+    return int(present + hidden + max(largest_layer, table_bytes) + hessian + rounding)
+
+
+def _chunk_weights(tensor: PlannedTensor) -> int:
+    return min(tensor.shape[0], CHUNK_ROWS) * tensor.shape[1]
 
 
 def _factor_bytes(tensor: PlannedTensor) -> int:

@@ -21,8 +21,8 @@ from fewbit.checkpoint.source import Source, open_source
 from fewbit.checkpoint.store import disk_errors, read_tensors, write_json, write_tensors
 from fewbit.errors import CorruptFile, FewbitError, NonFiniteWeights, UsageError
 from fewbit.formats import get_format
-from fewbit.math.hadamard import pack_signs, random_signs, rotate, rotate_hessian, unrotate
-from fewbit.math.rounding import inverse_factor, quantize_rotated
+from fewbit.math.hadamard import pack_signs, random_signs, rotate_hessian, unrotate
+from fewbit.math.rounding import inverse_factor, quantize_matrix
 from fewbit.models import Family, get_family
 from fewbit.pipeline.calibrate import HessianCollector, LayerStream, calibration_windows, tokens_hash
 from fewbit.pipeline.finish import finish
@@ -296,22 +296,26 @@ class _Run:
             self._errors.append(existing[1])
             values = get_format(spec.format).dequantize(existing[0], spec) if need_values else torch.empty(0)
         else:
-            values = self._round(tensor, weight(), signs, hessian)
+            values = self._round(tensor, weight(), signs, hessian, need_values)
         if signs is None or not need_values:
             return values
         return unrotate(values, signs, spec.block)
 
     def _round(
-        self, tensor: PlannedTensor, weight: torch.Tensor, signs: torch.Tensor | None, hessian: torch.Tensor | None
+        self,
+        tensor: PlannedTensor,
+        weight: torch.Tensor,
+        signs: torch.Tensor | None,
+        hessian: torch.Tensor | None,
+        need_values: bool,
     ) -> torch.Tensor:
         spec = tensor.spec
         assert spec is not None
         started = time.monotonic()
         if not torch.isfinite(weight).all():
             raise NonFiniteWeights(f"{tensor.name} holds NaN or infinity; the source model is damaged")
-        rotated = rotate(weight, signs, spec.block) if signs is not None else weight
         factor = self._factor(tensor, signs, hessian)
-        quantized = quantize_rotated(get_format(spec.format), rotated, spec, factor)
+        quantized = quantize_matrix(get_format(spec.format), weight, spec, signs, factor, need_values)
         parts = {f"{tensor.module}.{name}": part for name, part in quantized.parts.items()}
         if signs is not None:
             parts[f"{tensor.module}.signs"] = pack_signs(signs)
