@@ -167,7 +167,7 @@ def test_the_layer_stream_computes_what_the_whole_model_computes(tiny_models, ca
     hidden = stream.embed(windows)
     for index in range(len(stream)):
         stream.load(f"model.layers.{index}")
-        hidden = stream.run_layer(index, hidden)
+        stream.run_layer(index, hidden, hidden)
         stream.unload(f"model.layers.{index}")
     full = load_plain(source, torch.float32)
     expected = full.model(windows, output_hidden_states=True).hidden_states[-1]

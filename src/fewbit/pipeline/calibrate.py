@@ -161,17 +161,25 @@ class LayerStream:
 
     @torch.inference_mode()
     def run_layer(
-        self, index: int, hidden: torch.Tensor, advance: Callable[[int], None] = lambda steps: None
-    ) -> torch.Tensor:
-        """Hidden states behind layer `index` (which must be loaded), same shape as `hidden`."""
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        into: torch.Tensor | None = None,
+        advance: Callable[[int], None] = lambda steps: None,
+    ) -> None:
+        """Run layer `index` (which must be loaded) on hidden states float32 `[n, window, hidden]`.
+
+        What comes out goes `into` a tensor of the same shape, which may be `hidden` itself; without one the
+        layer runs for its hooks alone.
+        """
         layer = self.layers[index]
-        outputs = []
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16), bfloat16_products(self.dtype):
-            for batch in hidden.split(WINDOWS_PER_BATCH):
+            for start in range(0, hidden.shape[0], WINDOWS_PER_BATCH):
+                batch = hidden[start : start + WINDOWS_PER_BATCH]
                 result = layer(batch, **self._kwargs[batch.shape[0]][index])
-                outputs.append((result[0] if isinstance(result, tuple) else result).float())
+                if into is not None:
+                    into[start : start + WINDOWS_PER_BATCH] = result[0] if isinstance(result, tuple) else result
                 advance(batch.shape[0])
-        return torch.cat(outputs)
 
 
 def _set_parameter(part: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -55,7 +55,7 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
     hessian = 0
     if windows is not None:
         table = next(tensor for tensor in plan.tensors if tensor.kind == "embed")
-        hidden = 3 * 4 * windows.numel() * table.shape[1]
+        hidden = 4 * windows.numel() * table.shape[1]
         hessian = max((_factor_bytes(tensor) for tensor in plan.quantized), default=0)
     largest_layer = max(layers.values(), default=0)
     table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)

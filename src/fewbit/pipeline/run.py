@@ -187,13 +187,14 @@ class _Run:
         # Each window passes every layer twice: once to measure, once behind the rounded weights.
         self.progress.stage("calibrating and rounding the layers", 2 * len(self.windows) * (len(stream) - start))
         for index in range(start, len(stream)):
-            hidden = self._layer(stream, index, hidden)
+            self._layer(stream, index, hidden)
             self._save_hidden(index + 1, hidden)
         self._head_hessian(stream, hidden)
 
-    def _layer(self, stream: LayerStream, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _layer(self, stream: LayerStream, index: int, hidden: torch.Tensor) -> None:
+        """Measure and quantize one layer; `hidden` then holds what the rounded layer makes of it."""
         prefix = f"{self.family.layers}.{index}"
-        layer = stream.load(prefix)
+        stream.load(prefix)
         planned = {
             shared.linears: [
                 f"{prefix}.{linear}" for linear in shared.linears if f"{prefix}.{linear}" in self.by_module
@@ -202,7 +203,7 @@ class _Run:
         }
         watched = [(members[0], stream.model.get_submodule(members[0])) for members in planned.values() if members]
         with HessianCollector(watched) as collector:
-            stream.run_layer(index, hidden, self.progress.advance)
+            stream.run_layer(index, hidden, advance=self.progress.advance)
         for members in planned.values():
             for module in members:
                 tensor = self.by_module[module]
@@ -210,10 +211,8 @@ class _Run:
                 hessian = collector.mean(members[0])
                 linear.weight.data = self._store(tensor, partial(getattr, linear.weight, "data"), hessian)
             self._hessian_cache.clear()
-        hidden = stream.run_layer(index, hidden, self.progress.advance)
+        stream.run_layer(index, hidden, hidden, self.progress.advance)
         stream.unload(prefix)
-        del layer
-        return hidden
 
     def _hidden_file(self) -> Path:
         return self.work / "hidden.safetensors"
