@@ -15,6 +15,7 @@ from torch import nn
 from fewbit.checkpoint.artifact import QuantizedModule
 from fewbit.formats import get_format
 from fewbit.math.hadamard import rotate, unpack_signs, unrotate
+from fewbit.ops.cpu import FLOATS
 
 
 class PackedTensor(nn.Module):
@@ -54,6 +55,27 @@ class PackedTensor(nn.Module):
             return x
         return rotate(x.float(), unpack_signs(self.signs, self.spec.cols), self.spec.block).to(x.dtype)
 
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`W x + bias` for inputs `[..., K]`, in their dtype.
+
+        Trellis weights on the CPU go through `fewbit::linear`, which quantizes the inputs to 8 bits; everything
+        else, and everything that needs gradients, multiplies with the decoded weight.
+        """
+        training = torch.is_grad_enabled() and x.requires_grad
+        if self.spec.format == "trellis" and x.device.type == "cpu" and x.dtype in FLOATS and not training:
+            return torch.ops.fewbit.linear(
+                x,
+                self.codes,
+                self.scales,
+                self.scale,
+                self.tables,
+                self.signs,
+                bias,
+                self.spec.bits,
+                self.spec.block,
+            )
+        return nn.functional.linear(self.rotate_input(x), self.rotated_weight().to(x.dtype), bias)
+
     def plain_weight(self) -> torch.Tensor:
         """`W`, float32 `[N, K]`: the weight-side placement of the rotation."""
         weight = self.rotated_weight()
@@ -72,7 +94,7 @@ class FewbitLinear(PackedTensor):
         self.bias = nn.Parameter(torch.zeros(self.spec.rows, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(self.rotate_input(x), self.rotated_weight().to(x.dtype), self.bias)
+        return self.product(x, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, bias={self.bias is not None}"
@@ -106,4 +128,4 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         table: FewbitEmbedding = self.table  # type: ignore[assignment]
-        return nn.functional.linear(table.rotate_input(x), table.rotated_weight().to(x.dtype))
+        return table.product(x, None)

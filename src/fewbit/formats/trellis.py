@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import torch
@@ -333,6 +333,15 @@ class TrellisFormat(Format):
         out = torch.empty(spec.rows, spec.cols)
         native.trellis_dequantize(codes, scales, tables, spec.bits, spec.group, out)
         return out
+
+    def dequantize_rows(self, parts: dict[str, torch.Tensor], spec: TensorSpec, rows: torch.Tensor) -> torch.Tensor:
+        # Rows are decoded with their row groups, each as if it were a matrix of 16 rows.
+        if not 0 < TILE * rows.numel() < spec.rows:
+            return super().dequantize_rows(parts, spec, rows)
+        scales = parts["scales"][rows].repeat_interleave(TILE, 0)
+        taken = {**parts, "codes": parts["codes"][rows // TILE], "scales": scales}
+        values = self.dequantize(taken, replace(spec, rows=TILE * rows.numel())).view(rows.numel(), TILE, spec.cols)
+        return values[torch.arange(rows.numel(), device=rows.device), rows % TILE]
 
 
 def _encode(

@@ -31,11 +31,13 @@ bool is_bf16(const char* name, const Floats& array) {
     return half;
 }
 
-// Threads that a job is worth, and how its `count` indices are handed out: in runs, so that memory is read in
-// long stretches and neighbouring outputs come from one thread.
+// One thread or all: a pool of another size would have to be made anew.
+int threads_for(int64_t work, int64_t grain) { return work < 2 * grain ? 1 : num_threads(); }
+
+// Hands out `count` indices in runs, so that memory is read in long stretches and neighbouring outputs come from
+// one thread.
 template <class Body>
-void run(int64_t work, int64_t grain, int64_t count, const Body& body) {
-    const int threads = static_cast<int>(std::clamp<int64_t>(work / grain, 1, num_threads()));
+void run(int threads, int64_t count, const Body& body) {
     const int64_t length = threads == 1 ? count : std::max<int64_t>(1, count / (threads * kPiecesPerThread));
     if (count == 0) return;
     parallel_for(threads, (count + length - 1) / length, [&](int64_t piece, int worker) {
@@ -44,14 +46,24 @@ void run(int64_t work, int64_t grain, int64_t count, const Body& body) {
     });
 }
 
+void require_block(int block, int64_t group) {
+    require(block == 32 || block == 64 || block == 128 || block == 256,
+            "the block must be 32, 64, 128 or 256, not " + std::to_string(block));
+    require(group % block == 0, "the block must divide the scale group");
+}
+
+void rotate(const RotateJob& job, int64_t tokens) {
+    const ProductKernels& use = *kernels().product;
+    run(threads_for(tokens * job.cols, kTokenWork), tokens, [&](int64_t token, int) { use.rotate_quantize(job, token); });
+}
+
 void rotate_quantize(const Floats& x, const std::optional<Signs>& signs, int block, int group,
                      const Array<int8_t, 2>& q, const Array<float, 2>& scale, const Array<int32_t, 2>& sums) {
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
     const bool bf16 = is_bf16("x", x);
-    require(block == 32 || block == 64 || block == 128 || block == 256,
-            "the block must be 32, 64, 128 or 256, not " + std::to_string(block));
     require_group(group);
-    require(group % block == 0 && cols % group == 0, "the block must divide the group and the group the inputs");
+    require_block(block, group);
+    require(cols % group == 0, "the scale group must divide the inputs");
     if (signs) require_length("signs", *signs, (cols + 7) / 8);
     require_shape("q", q, tokens, cols);
     require_shape("scale", scale, tokens, cols / group);
@@ -59,8 +71,7 @@ void rotate_quantize(const Floats& x, const std::optional<Signs>& signs, int blo
     nb::gil_scoped_release release;
     const RotateJob job{x.data(), bf16, signs ? signs->data() : nullptr, q.data(), scale.data(), sums.data(), cols,
                         block,    group};
-    const ProductKernels& use = *kernels().product;
-    run(tokens * cols, kTokenWork, tokens, [&](int64_t token, int) { use.rotate_quantize(job, token); });
+    rotate(job, tokens);
 }
 
 // Every sum of one entry of each table fits into a byte exactly if the extremes do.
@@ -76,7 +87,7 @@ void require_tables(const Array<const int8_t, 1>& tables) {
     require(least >= -127 && most <= 127, "the tables' sums must stay within +-127");
 }
 
-// Scratch for as many threads as there are; the last of them never runs without the others.
+// Scratch for as many threads as work on a product.
 class Scratches {
 public:
     Scratches(int threads, int64_t scales_each)
@@ -93,19 +104,50 @@ private:
 };
 
 void multiply(ProductJob job) {
-    const ProductKernels& use = *kernels().product;
-    const int64_t groups = row_groups(job.rows), work = job.tokens * job.rows * job.cols;
     if (job.tokens == 0) return;
-    Scratches scratch(num_threads(), job.cols / job.group * kMaxPanel * kTileRows);
+    const ProductKernels& use = *kernels().product;
+    const int64_t groups = row_groups(job.rows);
+    const int threads = threads_for(job.tokens * job.rows * job.cols, kWorkOfAThread);
+    Scratches scratch(threads, job.cols / job.group * kMaxPanel * kTileRows);
     if (job.tokens <= use.few)
-        return run(work, kWorkOfAThread, groups,
-                   [&](int64_t index, int worker) { use.multiply_few(job, index, scratch[worker]); });
+        return run(threads, groups, [&](int64_t index, int worker) { use.multiply_few(job, index, scratch[worker]); });
     const std::unique_ptr<int8_t[]> packed(new int8_t[static_cast<size_t>(job.tokens * job.cols)]);
     job.packed = packed.get();
-    run(job.tokens * job.cols, kTokenWork, (job.tokens + use.block - 1) / use.block,
+    run(threads_for(job.tokens * job.cols, kTokenWork), (job.tokens + use.block - 1) / use.block,
         [&](int64_t block, int) { use.pack(job, block); });
-    run(work, kWorkOfAThread, (groups + use.panel - 1) / use.panel,
+    run(threads, (groups + use.panel - 1) / use.panel,
         [&](int64_t panel, int worker) { use.multiply(job, panel, scratch[worker]); });
+}
+
+// The weights' part of a job, checked against inputs of `cols` columns and an output for `tokens` tokens.
+ProductJob weights_of(const Array<const uint8_t, 2>& codes, const Array<const uint16_t, 2>& scales, float scale,
+                      const Array<const int8_t, 1>& tables, const std::optional<Array<const float, 1>>& bias, int bits,
+                      const Floats& out, int64_t tokens, int64_t cols) {
+    const int64_t rows = static_cast<int64_t>(scales.shape(0)), groups = static_cast<int64_t>(scales.shape(1));
+    ProductJob job{};
+    job.bf16 = is_bf16("out", out);
+    require_bits(bits);
+    require(groups > 0 && cols % groups == 0, "scales must be [N, K / group]");
+    const int64_t group = cols / groups;
+    require_group(group);
+    require(group % 32 == 0, "a scale group is a multiple of 32 columns here, not " + std::to_string(group));
+    require_shape("codes", codes, row_groups(rows), 2 * bits * cols);
+    require_tables(tables);
+    if (bias) require_length("bias", *bias, rows);
+    require(static_cast<int64_t>(out.shape(0)) == tokens && static_cast<int64_t>(out.shape(1)) == rows,
+            "out must be [" + std::to_string(tokens) + ", " + std::to_string(rows) + "]");
+    job.codes = codes.data();
+    job.scales = scales.data();
+    job.scale = scale;
+    job.tables = tables.data();
+    job.bias = bias ? bias->data() : nullptr;
+    job.out = out.data();
+    job.tokens = tokens;
+    job.rows = rows;
+    job.cols = cols;
+    job.group = static_cast<int>(group);
+    job.bits = bits;
+    return job;
 }
 
 void trellis_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>& input_scale,
@@ -113,25 +155,37 @@ void trellis_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>
                     const Array<const uint16_t, 2>& scales, float scale, const Array<const int8_t, 1>& tables,
                     const std::optional<Array<const float, 1>>& bias, int bits, const Floats& out) {
     const int64_t tokens = static_cast<int64_t>(q.shape(0)), cols = static_cast<int64_t>(q.shape(1));
-    const int64_t rows = static_cast<int64_t>(scales.shape(0)), groups = static_cast<int64_t>(scales.shape(1));
-    const bool bf16 = is_bf16("out", out);
-    require_bits(bits);
-    require(groups > 0 && cols % groups == 0, "scales must be [N, K / group]");
-    const int64_t group = cols / groups;
-    require_group(group);
-    require(group % 32 == 0, "a scale group is a multiple of 32 columns here, not " + std::to_string(group));
-    require_shape("scale", input_scale, tokens, groups);
-    require_shape("sums", sums, tokens, groups);
-    require_shape("codes", codes, row_groups(rows), 2 * bits * cols);
-    require_tables(tables);
-    if (bias) require_length("bias", *bias, rows);
-    require(static_cast<int64_t>(out.shape(0)) == tokens && static_cast<int64_t>(out.shape(1)) == rows,
-            "out must be [" + std::to_string(tokens) + ", " + std::to_string(rows) + "]");
+    ProductJob job = weights_of(codes, scales, scale, tables, bias, bits, out, tokens, cols);
+    require_shape("scale", input_scale, tokens, cols / job.group);
+    require_shape("sums", sums, tokens, cols / job.group);
+    job.q = q.data();
+    job.input_scale = input_scale.data();
+    job.sums = sums.data();
     nb::gil_scoped_release release;
-    multiply({q.data(),  input_scale.data(), sums.data(),
-              codes.data(), scales.data(),   scale,
-              tables.data(), bias ? bias->data() : nullptr, out.data(),
-              bf16, tokens, rows, cols, static_cast<int>(group), bits, nullptr});
+    multiply(job);
+}
+
+// Both steps in one call: what a linear layer does for every token.
+void linear(const Floats& x, const std::optional<Signs>& signs, int block, const Array<const uint8_t, 2>& codes,
+            const Array<const uint16_t, 2>& scales, float scale, const Array<const int8_t, 1>& tables,
+            const std::optional<Array<const float, 1>>& bias, int bits, const Floats& out) {
+    const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
+    const bool bf16 = is_bf16("x", x);
+    ProductJob job = weights_of(codes, scales, scale, tables, bias, bits, out, tokens, cols);
+    require_block(block, job.group);
+    if (signs) require_length("signs", *signs, (cols + 7) / 8);
+    nb::gil_scoped_release release;
+    const size_t groups = static_cast<size_t>(tokens * (cols / job.group));
+    const std::unique_ptr<int8_t[]> q(new int8_t[static_cast<size_t>(tokens * cols)]);
+    const std::unique_ptr<float[]> input_scale(new float[groups]);
+    const std::unique_ptr<int32_t[]> sums(new int32_t[groups]);
+    rotate({x.data(), bf16, signs ? signs->data() : nullptr, q.get(), input_scale.get(), sums.get(), cols, block,
+            job.group},
+           tokens);
+    job.q = q.get();
+    job.input_scale = input_scale.get();
+    job.sums = sums.get();
+    multiply(job);
 }
 
 }  // namespace
@@ -144,6 +198,9 @@ void bind_product(nb::module_& m) {
           "codes"_a.noconvert(), "scales"_a.noconvert(), "tensor_scale"_a, "tables"_a.noconvert(),
           "bias"_a.noconvert().none(), "bits"_a, "out"_a.noconvert(),
           "Fill out float32 or bfloat16 bits [T, N] with the product of quantized inputs and trellis weights.");
+    m.def("linear", &linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "codes"_a.noconvert(),
+          "scales"_a.noconvert(), "tensor_scale"_a, "tables"_a.noconvert(), "bias"_a.noconvert().none(), "bits"_a,
+          "out"_a.noconvert(), "rotate_quantize, then trellis_linear, for x float32 or bfloat16 bits [T, K].");
 }
 
 }  // namespace fewbit

@@ -79,10 +79,28 @@ def linear(
     block: int,
 ) -> torch.Tensor:
     """See `reference.linear`; `ValueError` for arguments that do not fit."""
-    schemas.check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
-    q, scale, sums = rotate_quantize(x.reshape(-1, x.shape[-1]), signs, block, x.shape[-1] // scales.shape[1])
-    y = trellis_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, x.dtype)
-    return y.view(*x.shape[:-1], scales.shape[0])
+    cols = x.shape[-1]
+    schemas.check_weights(cols, codes, scales, tensor_scale, tables, bias, bits)
+    schemas.check_rotation(cols, x.dtype, signs, block, cols // scales.shape[1])
+    native = load_native()
+    if native is None:
+        return reference.linear(x, codes, scales, tensor_scale, tables, signs, bias, bits, block)
+    rows = x.reshape(-1, cols).contiguous()
+    dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
+    out = torch.empty(rows.shape[0], scales.shape[0], dtype=dtype)
+    native.linear(
+        _bits(rows.to(dtype)),
+        signs,
+        block,
+        codes.contiguous(),
+        _bits(scales.contiguous()),
+        tensor_scale.item(),
+        tables.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        bits,
+        _bits(out),
+    )
+    return out.to(x.dtype).view(*x.shape[:-1], scales.shape[0])
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
