@@ -1,0 +1,382 @@
+"""The tour behind `fewbit demo`: a real model, compressed to 3 bits and to two control codes, and measured.
+
+Everything is left in one directory: the three checkpoints, `demo.json` with all figures, and `demo.html`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from fewbit.assets import fetch_model, fetch_text
+from fewbit.checkpoint.artifact import Artifact, is_artifact
+from fewbit.checkpoint.source import Source
+from fewbit.checkpoint.store import disk_errors, write_json
+from fewbit.console import human_bytes, human_seconds, plan_table, progress_bars, stderr, stdout, table
+from fewbit.demo_page import printable, render_page
+from fewbit.environment import environment
+from fewbit.errors import UsageError
+from fewbit.evaluate import EvalResult, evaluate_many
+from fewbit.formats import get_format
+from fewbit.generation import stream_text
+from fewbit.loading import load, load_any
+from fewbit.math.hadamard import random_signs, rotate
+from fewbit.math.rounding import quantize_rotated
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan
+from fewbit.pipeline.run import prepare, quantize
+
+PRODUCT = "trellis"
+CONTROLS = ("iq3_s", "ternary")
+_LABELS = {
+    "full": "full (bf16)",
+    "trellis": "trellis, 3 bits",
+    "iq3_s": "iq3_s (control)",
+    "ternary": "ternary (control)",
+}
+_STYLES = {"full": "c4", "trellis": "c2", "iq3_s": "c3", "ternary": "c1"}
+_HISTOGRAM_EDGE, _HISTOGRAM_BINS = 8.0, 81
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the tour works on; empty `model`, `calibration` and `text` mean the fetched ones.
+
+    `prompts` are (text, whether it goes through the chat template).
+    """
+
+    model: str = ""
+    model_name: str = "SmolLM2-135M-Instruct"
+    calibration: tuple[str, ...] = ()
+    text: str = ""
+    calib_tokens: int = 16384
+    calib_window: int = 512
+    eval_tokens: int = 8192
+    eval_window: int = 512
+    gen_tokens: int = 40
+    prompts: tuple[tuple[str, bool], ...] = (
+        ("What is a lighthouse for?", True),
+        ("The lighthouse stands at the edge of the sea, and", False),
+    )
+
+    def options(self, code: str) -> QuantizeOptions:
+        return QuantizeOptions(code=code, calib_tokens=self.calib_tokens, calib_window=self.calib_window)
+
+
+@dataclass
+class _Stages:
+    """Headings on stderr, and the seconds that every stage took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, sentence: str) -> Iterator[None]:
+        stderr.print(f"\n[bold]{len(self.seconds) + 1}. {name.capitalize()}[/bold]  {sentence}", soft_wrap=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 2)
+
+
+def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None = None) -> dict[str, Any]:
+    """Run the tour into the directory `out` and return all its figures.
+
+    Finished checkpoints in `out` that were made from the same model with the same options are used again
+    unless `fresh`. With `quiet` nothing goes to stdout. Raises `UsageError` where `out` holds something
+    else under a checkpoint's name, and what fetching, quantizing and evaluating raise.
+    """
+    settings = settings or DemoSettings()
+    stages = _Stages()
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with stages.stage("fetch", "A model of 135 million weights and some text; kept in the cache for next time."):
+        model, calibration, text = _fetch(settings)
+    with stages.stage("plan", "What every tensor will be stored as, and what that weighs, before anything runs."):
+        source, plan, _ = prepare(model, settings.options(PRODUCT), calibration)
+        stderr.print(plan_table(plan))
+    paths = {code: out / code for code in (PRODUCT, *CONTROLS)}
+    for code, path in paths.items():
+        with stages.stage(f"quantize {code}", _QUANTIZE[code]):
+            # The calibration tokens are those of the first plan, so they need not be cut again.
+            wanted = make_plan(source, settings.options(code).resolved(), plan.options["calibration"])
+            _quantize(model, path, settings.options(code), calibration, fresh, wanted)
+    with _no_loading_bars():
+        full, tokenizer = load_any(model)
+        models = {"full": full, **{code: load(path)[0] for code, path in paths.items()}}
+    with stages.stage("evaluate", "All four read the same held-out text; the full model is the yardstick."):
+        scores = _evaluate(models, tokenizer, text.read_text(encoding="utf-8"), settings)
+    with stages.stage("generate", "The same prompts for the full model and for the 3-bit one."):
+        texts = _generate({name: models[name] for name in ("full", PRODUCT)}, tokenizer, settings)
+    with stages.stage("look inside", "The layer with the heaviest tails, before and after its rotation."):
+        histogram = heaviest_tails(source, plan)
+    records = {code: Artifact.open(path) for code, path in paths.items()}
+    report = {
+        "model": _model_facts(settings, source, plan, calibration),
+        "settings": asdict(settings),
+        "evaluation": {key: getattr(scores["full"], key) for key in _CONDITIONS},
+        "rows": _rows(plan, records, scores, speeds(texts)),
+        "texts": texts,
+        "histogram": histogram,
+        "errors": errors_by_kind(records[PRODUCT].record["tensors"]),
+        "seconds": stages.seconds,
+        "total_seconds": round(sum(stages.seconds.values()), 2),
+        "environment": environment(),
+        "output": {**{code: str(path) for code, path in paths.items()}, "page": str(out / "demo.html")},
+    }
+    with disk_errors(out):
+        write_json(out / "demo.json", report)
+        (out / "demo.html").write_text(render_page(report), encoding="utf-8")
+    if not quiet:
+        _conclude(report)
+    return report
+
+
+_QUANTIZE = {
+    "trellis": "3 bits per weight: rotate, then search the best path through the code, with error feedback.",
+    "iq3_s": "Control: the 3.4-bit block of ggml's IQ3_S on the same rotated weights.",
+    "ternary": "Control: the ITQ3_S paper's three values taken literally.",
+}
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Inside, transformers draws no bars of its own into the tour."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _fetch(settings: DemoSettings) -> tuple[Path, list[Path], Path]:
+    """Paths of the model, of the calibration texts and of the held-out text."""
+    with progress_bars() as bars:
+        model = Path(settings.model) if settings.model else fetch_model("smollm2-135m", progress=bars.fetch)
+        calibration = [Path(path) for path in settings.calibration] or [
+            fetch_text(name, progress=bars.fetch) for name in ("c4.calib", "wiki.calib")
+        ]
+        text = Path(settings.text) if settings.text else fetch_text("wiki.eval", progress=bars.fetch)
+    return model, calibration, text
+
+
+def _quantize(
+    model: Path, path: Path, options: QuantizeOptions, calibration: list[Path], fresh: bool, plan: Plan
+) -> None:
+    """Make the checkpoint `path`, unless the one there is what `plan` would make."""
+    if path.exists() and not is_artifact(path):
+        raise UsageError(f"{path} exists and is not a fewbit checkpoint; choose another directory with --out")
+    if path.exists() and not fresh:
+        if not is_from_plan(Artifact.open(path), plan):
+            raise UsageError(f"{path} was made from another model or with other options; replace it with --fresh")
+        stderr.print(f"{path} is there already and matches; --fresh makes it again", soft_wrap=True, markup=False)
+        return
+    with progress_bars() as bars:
+        result = quantize(model, path, options, calibration, fresh, bars)
+    stderr.print(
+        f"{human_bytes(result.bytes)}, {result.bits_per_weight['body']:.3f} bits per weight in the layers, mean error "
+        f"{result.mean_relative_error:.4f}, {human_seconds(result.seconds)}",
+        soft_wrap=True,
+    )
+
+
+def is_from_plan(artifact: Artifact, plan: Plan) -> bool:
+    """Whether a finished checkpoint is what this plan would make: same source, options and calibration tokens."""
+    record = artifact.record
+    return record.get("source_fingerprint") == plan.fingerprint and record.get("options") == plan.options
+
+
+def _evaluate(models: dict[str, Any], tokenizer: Any, text: str, settings: DemoSettings) -> dict[str, EvalResult]:
+    with progress_bars() as bars:
+        return evaluate_many(
+            models,
+            tokenizer,
+            text,
+            models["full"],
+            window=settings.eval_window,
+            tokens=settings.eval_tokens,
+            progress=bars.count("windows"),
+        )
+
+
+def _generate(models: dict[str, Any], tokenizer: Any, settings: DemoSettings) -> list[dict[str, Any]]:
+    """Every prompt continued by every model, greedily; a first token beforehand warms each model up."""
+    for model in models.values():
+        stream_text(model, tokenizer, settings.prompts[0][0], max_tokens=1)
+    texts = []
+    for prompt, chat in settings.prompts:
+        answers = {}
+        for name, model in models.items():
+            result = stream_text(model, tokenizer, prompt, max_tokens=settings.gen_tokens, chat=chat)
+            answers[name] = result.to_json()
+            stderr.print(f"[bold]{name}[/bold]", end="  ")
+            stderr.print(printable(prompt if not chat else result.text), markup=False, end="" if not chat else "\n")
+            if not chat:
+                stderr.print(printable(result.text), markup=False)
+        texts.append({"prompt": prompt, "chat": chat, "answers": answers})
+    return texts
+
+
+def speeds(texts: list[dict[str, Any]]) -> dict[str, float]:
+    """Decoded tokens per second of each model over all its texts (the first token of each not counted)."""
+    rates = {}
+    for name in texts[0]["answers"]:
+        answers = [item["answers"][name] for item in texts]
+        timed = [(answer["tokens"] - 1, answer["tokens_per_second"]) for answer in answers]
+        spent = sum(tokens / rate for tokens, rate in timed if rate > 0)
+        rates[name] = sum(tokens for tokens, rate in timed if rate > 0) / spent if spent else 0.0
+    return rates
+
+
+def _model_facts(settings: DemoSettings, source: Source, plan: Plan, calibration: list[Path]) -> dict[str, Any]:
+    return {
+        "name": settings.model_name,
+        "type": plan.model_type,
+        "source": source.path.name,
+        "source_bytes": source.path.stat().st_size,
+        "weights": plan.totals()["weights"],
+        "calibration": [path.name for path in calibration],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _rows(
+    plan: Plan, records: dict[str, Artifact], scores: dict[str, EvalResult], rates: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The result table: the full model first, then the product, then the controls."""
+    rows = []
+    for name, score in scores.items():
+        if name == "full":
+            bits, size = {"body": 16.0, "total": 16.0}, 2 * plan.totals()["weights"]
+            error = 0.0
+        else:
+            inspected = records[name].inspect()
+            bits = inspected["bits_per_weight"]
+            size = sum((records[name].path / file).stat().st_size for file in set(records[name].files.values()))
+            errors = [entry["relative_error"] for entry in inspected["tensors"] if entry["format"]]
+            error = sum(errors) / max(1, len(errors))
+        rows.append(
+            {
+                "name": name,
+                "label": _LABELS[name],
+                "style": _STYLES[name],
+                "bytes": size,
+                "bits_per_weight": bits,
+                "mean_relative_error": error,
+                "tokens_per_second": round(rates[name], 3) if name in rates else None,
+                **{key: getattr(score, key) for key in _SCORES},
+            }
+        )
+    return rows
+
+
+_CONDITIONS = ("tokens", "window", "stride", "bos", "text_sha256")
+_SCORES = ("perplexity", "perplexity_stderr", "kl_mean", "kl_p99", "top1_agreement", "bits_per_char")
+
+
+def errors_by_kind(tensors: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Relative errors out of a checkpoint's record: for every kind of linear its (layer, error), in order."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in tensors:
+        match = re.search(r"\.(\d+)\.(?:.*\.)?(\w+)\.weight$", entry["name"])
+        if entry["kind"] == "body" and entry["format"] and match:
+            found.setdefault(match[2].removesuffix("_proj"), []).append((int(match[1]), entry["relative_error"]))
+    return {kind: sorted(series) for kind, series in found.items()}
+
+
+def unit_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """`[N, K]` with every run of `group` inputs of a row divided by its root mean square (zeros stay zeros)."""
+    grouped = weight.float().view(weight.shape[0], -1, group)
+    return (grouped / grouped.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)).view(weight.shape)
+
+
+def kurtosis(values: torch.Tensor) -> float:
+    """Fourth moment over squared second moment: 3 for a normal distribution, more for heavier tails."""
+    centred = (values - values.mean()).double()
+    return float(centred.pow(4).mean() / centred.square().mean().square().clamp_min(1e-300))
+
+
+def density(values: torch.Tensor, edge: float = _HISTOGRAM_EDGE, bins: int = _HISTOGRAM_BINS) -> list[float]:
+    """Share of the values per unit of width in `bins` equal bins over [-edge, edge]; those outside count too."""
+    counts = torch.histc(values.float(), bins=bins, min=-edge, max=edge)
+    return (counts.double() / values.numel() / (2 * edge / bins)).tolist()
+
+
+def heaviest_tails(source: Source, plan: Plan) -> dict[str, Any]:
+    """The layer of the highest kurtosis: densities before and after rotation, and its error in both domains."""
+    body = [tensor for tensor in plan.quantized if tensor.kind == "body" and tensor.spec]
+    worst, highest = body[0], -math.inf
+    with progress_bars() as bars:
+        bars.stage("reading layers", len(body))
+        for tensor in body:
+            assert tensor.spec is not None
+            found = kurtosis(unit_groups(source.tensor(tensor.name), tensor.spec.group))
+            if found > highest:
+                worst, highest = tensor, found
+            bars.advance()
+    return tails(worst, source.tensor(worst.name))
+
+
+@torch.inference_mode()
+def tails(tensor: PlannedTensor, weight: torch.Tensor) -> dict[str, Any]:
+    """Histogram, kurtosis and error without feedback of one layer's `weight [N, K]`, plain and rotated."""
+    spec = tensor.spec
+    assert spec is not None
+    rotated = rotate(weight, random_signs(spec.cols, tensor.signs_seed), spec.block)
+    forms = {"before": unit_groups(weight, spec.group), "after": unit_groups(rotated, spec.group)}
+    width = 2 * _HISTOGRAM_EDGE / _HISTOGRAM_BINS
+    fmt = get_format(spec.format)
+    return {
+        "tensor": tensor.name,
+        "block": spec.block,
+        "group": spec.group,
+        "centers": [-_HISTOGRAM_EDGE + width * (index + 0.5) for index in range(_HISTOGRAM_BINS)],
+        **{name: density(values) for name, values in forms.items()},
+        **{f"kurtosis_{name}": kurtosis(values) for name, values in forms.items()},
+        "error_before": quantize_rotated(fmt, weight, spec).relative_error,
+        "error_after": quantize_rotated(fmt, rotated, spec).relative_error,
+    }
+
+
+def _conclude(report: dict[str, Any]) -> None:
+    rows = []
+    for row in report["rows"]:
+        digits = 2 if row["perplexity"] < 100 else 0
+        spread = "" if row["perplexity_stderr"] is None else f" +- {row['perplexity_stderr']:.{min(1, digits)}f}"
+        rows.append(
+            [
+                row["name"],
+                human_bytes(row["bytes"]),
+                f"{row['bits_per_weight']['total']:.3f}",
+                f"{row['bits_per_weight']['body']:.3f}",
+                f"{row['perplexity']:.{digits}f}{spread}",
+                "" if row["name"] == "full" else f"{row['kl_mean']:.4f}",
+                "" if row["name"] == "full" else f"{100 * row['top1_agreement']:.1f}%",
+                "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
+            ]
+        )
+    # Short headings: the table has to fit a terminal of 80 columns.
+    columns = ["", "size", "bits,\nall", "bits,\nlayers", "perplexity", "KL\nmean", "same\ntop", "tok/s"]
+    facts = report["evaluation"]
+    stdout.print()
+    stdout.print(table(f"{report['model']['name']}: what 3 bits cost", columns, rows))
+    stdout.print(
+        f"Bits are per weight, over all tensors and in the layers. {facts['tokens']} tokens of held-out text, window "
+        f"{facts['window']}, the same for all; KL (nats) and top token against the full model in bf16; tokens/s "
+        f"decoding with transformers, batch 1, threads: {report['model']['threads']}. "
+        f"{human_seconds(report['total_seconds'])} in all."
+    )
+    for line in (
+        f"The page: {report['output']['page']}",
+        f"Go on:    fewbit generate {report['output'][PRODUCT]} -p 'Once upon a time'",
+    ):
+        stdout.print(line, soft_wrap=True, markup=False)
