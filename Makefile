@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench-encode clean
+.PHONY: help venv demo test test-slow lint bench-encode bench-kernels bench-quality tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,15 @@ test-slow: $(STAMP)  ## Run the tests on the real model (fetched once, some 100 
 
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 	@$(BIN)/python benchmarks/encode.py
+
+bench-kernels: $(STAMP)  ## Measure the kernels beside the memory's speed
+	@$(BIN)/python benchmarks/kernels.py
+
+bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (an hour)
+	@$(BIN)/python benchmarks/quality.py
+
+tables: $(STAMP)  ## Write the tables of the docs from benchmarks/results
+	@$(BIN)/python benchmarks/tables.py
 
 clean:  ## Remove .venv, builds and caches (not the fetched models)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,114 @@
+"""What each code costs in quality on a real model: perplexity, divergence and agreement on held-out text.
+
+References are off the quantization grid (see fewbit.evaluate.offgrid) and every row is relative to its own
+reference. Finished rows are kept in the result file, so that a run that was cut off continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from fewbit.assets import default_cache_dir, fetch_model, fetch_text
+from fewbit.environment import environment
+from fewbit.evaluate import evaluate_many, write_off_grid
+from fewbit.loading import load_any
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.run import quantize
+
+RESULTS = Path(__file__).parent / "results"
+CALIBRATION = ("c4.calib", "wiki.calib")
+
+ROWS = {
+    "trellis 3 bits, LDLQ, head bf16": QuantizeOptions(head="bf16"),
+    "trellis 3 bits, LDLQ, head itq4": QuantizeOptions(head="itq4"),
+    "8 levels, LDLQ, head bf16": QuantizeOptions(code="lloyd8", head="bf16"),
+    "ternary, LDLQ, head bf16": QuantizeOptions(code="ternary", head="bf16"),
+    "iq3_s code, LDLQ, head bf16": QuantizeOptions(code="iq3_s", head="bf16"),
+    "trellis 3 bits, nearest, head bf16": QuantizeOptions(rounding="nearest", head="bf16"),
+    "trellis 4 bits, LDLQ, head bf16": QuantizeOptions(bits=4, head="bf16"),
+}
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def reference_dir(model: str, seed: int) -> Path:
+    """The off-grid form of a model, made once and kept in the cache."""
+    directory = default_cache_dir() / "off-grid" / f"{model}-{seed}"
+    if not (directory / "config.json").exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        write_off_grid(fetch_model(model), directory, seed=seed)
+    return directory
+
+
+def measure(
+    reference: Path, options: QuantizeOptions, text: str, settings: dict[str, Any], work: Path
+) -> dict[str, Any]:
+    """Quantize and evaluate one row."""
+    shutil.rmtree(work, ignore_errors=True)
+    result = quantize(reference, work, options, [fetch_text(name) for name in CALIBRATION])
+    full, tokenizer = load_any(reference, torch.bfloat16)
+    model, _ = load_any(work, torch.bfloat16)
+    started = time.monotonic()
+    scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
+    shutil.rmtree(work)
+    row, base = scores["row"], scores["full"]
+    return {
+        "options": asdict(options),
+        "bits_per_weight": result.bits_per_weight,
+        "bytes": result.bytes,
+        "quantize_seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "mean_relative_error": result.mean_relative_error,
+        "evaluate_seconds": round(time.monotonic() - started, 1),
+        "reference_perplexity": base.perplexity,
+        "ratio": row.perplexity / base.perplexity,
+        **row.to_json(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or qwen2.5-coder-1.5b")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--calib-tokens", type=int, default=65536)
+    parser.add_argument("--tokens", type=int, default=20480)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    output = arguments.output or RESULTS / f"quality-{arguments.model}.json"
+    report = json.loads(output.read_text()) if output.exists() else {"rows": {}}
+    report |= {"benchmark": "quality", "model": arguments.model, "text": "wiki.eval", "calibration": CALIBRATION}
+    # Loading a model is not what this program reports on.
+    logging.disable_progress_bar()
+    text = fetch_text("wiki.eval").read_text(encoding="utf-8")
+    settings = {"window": arguments.window, "tokens": arguments.tokens}
+    for seed in arguments.seeds:
+        for name in arguments.rows:
+            key = f"{name} | seed {seed}"
+            if key in report["rows"]:
+                continue
+            reference = reference_dir(arguments.model, seed)
+            options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
+            row = measure(reference, options, text, settings, output.with_suffix(".work"))
+            report["rows"][key] = {**row, "commit": commit()}
+            report["environment"] = environment()
+            output.write_text(json.dumps(report, indent=1) + "\n")
+            print(f"{key}: perplexity x {row['ratio']:.4f}, KL {row['kl_mean']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
