@@ -1,0 +1,122 @@
+"""Writes the tables of the documentation from the JSON files in `results/`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; nothing in between is written by hand, and
+a test fails where a page and the results disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in [header, rule, *rows])
+
+
+def quality_smollm2() -> str:
+    """Codes against each other on SmolLM2-135M, mean over the seeds of the off-grid reference."""
+    report = json.loads((RESULTS / "quality-smollm2-135m.json").read_text())
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for key, row in report["rows"].items():
+        groups.setdefault(key.partition(" | ")[0], []).append(row)
+    header = [
+        "SmolLM2-135M",
+        "bits/weight, layers",
+        "bits/weight, all",
+        "perplexity ratio",
+        "KL mean",
+        "top-1",
+        "seeds",
+    ]
+    rows = []
+    for name, found in groups.items():
+        ratios = [row["ratio"] for row in found]
+        spread = (
+            f"{mean(ratios):.3f}" if len(found) == 1 else f"{mean(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+        )
+        rows.append(
+            [
+                name,
+                f"{found[0]['bits_per_weight']['body']:.3f}",
+                f"{found[0]['bits_per_weight']['total']:.3f}",
+                spread,
+                f"{mean(row['kl_mean'] for row in found):.4f}",
+                f"{100 * mean(row['top1_agreement'] for row in found):.1f} %",
+                str(len(found)),
+            ]
+        )
+    first = next(iter(report["rows"].values()))
+    note = (
+        f"\n{first['tokens']} tokens of held-out Wikipedia text in windows of {first['window']}, bfloat16, "
+        f"{first['options']['calib_tokens']} calibration tokens (half web, half Wikipedia); the off-grid reference has "
+        f"perplexity {first['reference_perplexity']:.2f}. Made by `benchmarks/quality.py`.\n"
+    )
+    return markdown(header, rows) + note
+
+
+def encoding() -> str:
+    """Weights per second of the native encoder and decoder, one thread."""
+    report = json.loads((RESULTS / "encode.json").read_text())
+    rows = []
+    for row in report["rows"]:
+        if row["threads"] == 1:
+            speeds = row["million_weights_per_second"]
+            kinds = ("encode", "encode_with_feedback", "dequantize")
+            cells = [f"{speeds[kind]['median']:.2f}" if kind in speeds else "" for kind in kinds]
+            rows.append([row["isa"], str(row["bits"]), *cells])
+    header = ["instruction set", "bits", "encode", "encode with feedback", "decode"]
+    return markdown(header, rows) + f"\nMillions of weights per second, one thread, {report['machine']['cpu']}.\n"
+
+
+def kernels() -> str:
+    """Products of packed 3-bit weights with one token and with many, by instruction set and threads."""
+    report = json.loads((RESULTS / "kernels.json").read_text())
+    rows = []
+    for row in report["rows"]:
+        if row["kernel"].startswith("rotate"):
+            speed = f"{row['microseconds_per_token']:.2f} us per token of {row['cols']}"
+        elif row["bits"] != 3 or ("few" in row["kernel"] and row["tokens"] != 1):
+            continue
+        elif "few" in row["kernel"]:
+            speed = f"{row['billion_weights_per_second']['median']:.1f} G weights/s"
+        else:
+            speed = f"{row['tera_operations_per_second']['median']:.2f} TOP/s"
+        size = f"{row['megabytes']:.0f} MB" if "megabytes" in row else row.get("dtype", "")
+        rows.append([row["kernel"], size, str(row["tokens"]), row["isa"], str(row["threads"]), speed])
+    header = ["kernel", "weights or input", "tokens", "instruction set", "threads", "median"]
+    reading = ", ".join(
+        f"{rate['median']:.1f} GB/s with {threads} thread{'s' if threads != '1' else ''}"
+        for threads, rate in report["read_gigabytes_per_second"].items()
+    )
+    note = (
+        f"\n{report['machine']['cpu']}; the same process reads memory at {reading}. Made by `benchmarks/kernels.py`.\n"
+    )
+    return markdown(header, rows) + note
+
+
+TABLES: dict[str, Callable[[], str]] = {"quality-smollm2": quality_smollm2, "encoding": encoding, "kernels": kernels}
+
+
+def filled(text: str) -> str:
+    """The page with every marked table written anew."""
+    return MARKED.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
