@@ -6,17 +6,15 @@ The way back from a `Source`: build the module, or write a plain safetensors dir
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from fewbit.checkpoint.source import INDEX, SINGLE, Source
+from fewbit.checkpoint.source import Source
+from fewbit.checkpoint.store import SHARD_LIMIT, ShardedWriter
 from fewbit.errors import CorruptFile, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,7 +41,7 @@ def write_plain(
     config: PretrainedConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype = torch.bfloat16,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_LIMIT,
 ) -> None:
     """Write a Hugging Face directory: `config.json` and safetensors in `dtype`, in shards of about `shard_bytes`.
 
@@ -54,41 +52,12 @@ def write_plain(
     out.mkdir(parents=True, exist_ok=True)
     if any(out.glob("*.safetensors")):
         raise UsageError(f"{out}: holds weights already; remove them or name another directory")
-    written: list[tuple[Path, list[str]]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total = size = 0
+    writer = ShardedWriter(out, shard_bytes)
     for name, tensor in tensors:
-        stored = tensor.detach().to(dtype).contiguous()
-        if shard and size + stored.nbytes > shard_bytes:
-            written.append(_write_shard(out, len(written), shard))
-            shard, size = {}, 0
-        shard[name] = stored
-        size += stored.nbytes
-        total += stored.nbytes
-    written.append(_write_shard(out, len(written), shard))
-    _name_shards(out, written, total)
+        writer.add(name, tensor.detach().to(dtype).contiguous())
+    writer.close()
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     plain.dtype = dtype
     plain.save_pretrained(out)
-
-
-def _write_shard(out: Path, number: int, shard: dict[str, torch.Tensor]) -> tuple[Path, list[str]]:
-    path = out / f"shard-{number}.unfinished"
-    save_file(shard, path, metadata={"format": "pt"})
-    return path, list(shard)
-
-
-def _name_shards(out: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
-    """Give shards the names that hosts expect, which say how many there are."""
-    if len(written) == 1:
-        os.replace(written[0][0], out / SINGLE)
-        return
-    weight_map = {}
-    for number, (path, names) in enumerate(written, start=1):
-        final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
-        os.replace(path, out / final)
-        weight_map.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
