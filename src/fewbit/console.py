@@ -44,7 +44,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], numeric_from: i
     """A table whose columns from `numeric_from` on are numbers."""
     result = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="right" if index >= numeric_from else "left")
+        result.add_column(column, justify="right" if index >= numeric_from else "left", overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result
