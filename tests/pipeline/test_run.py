@@ -131,6 +131,20 @@ def test_an_existing_output_is_refused_and_replaced_only_when_asked(tiny_models,
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
+def test_fresh_replaces_a_checkpoint_but_never_another_directory(tiny_models, tmp_path):
+    nearest = QuantizeOptions(rounding="nearest")
+    out = tmp_path / "out"
+    quantize(tiny_models["tied"], out, nearest)
+    quantize(tiny_models["biased"], out, nearest, fresh=True)
+    assert Artifact.open(out).config["model_type"] == "qwen2"
+    precious = tmp_path / "photos"
+    precious.mkdir()
+    (precious / "summer.jpg").write_text("mine")
+    with pytest.raises(UsageError, match="not a fewbit checkpoint"):
+        quantize(tiny_models["tied"], precious, nearest, fresh=True)
+    assert (precious / "summer.jpg").read_text() == "mine"
+
+
 def test_not_a_number_in_a_weight_is_refused_and_leaves_no_output(tiny_models, calibration_text, tmp_path):
     model = load_plain(open_source(tiny_models["tied"]), torch.float32)
     with torch.no_grad():

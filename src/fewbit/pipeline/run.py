@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoint.artifact import is_artifact
 from fewbit.checkpoint.source import Source, open_source
 from fewbit.checkpoint.store import disk_errors, read_tensors, write_json, write_tensors
 from fewbit.errors import CorruptFile, FewbitError, NonFiniteWeights, UsageError
@@ -83,10 +84,9 @@ def quantize(
     options = options or QuantizeOptions()
     output = Path(output)
     started = time.monotonic()
-    if output.exists() and not fresh:
-        raise UsageError(f"{output} exists already; choose another output or replace it with --fresh")
+    _check_output(output, fresh)
     source, plan, windows = prepare(model, options, [Path(file) for file in calibration_files])
-    work = output.with_name(f".{output.name}.work")
+    work = output.resolve().with_name(f".{output.resolve().name}.work")
     _open_work(work, plan, windows, fresh)
     _check_space(work, plan, windows)
     run = _Run(source, plan, windows, work, Logged(progress or Silent(), work / "log.jsonl"))
@@ -105,6 +105,16 @@ def quantize(
         mean_relative_error=run.mean_error(),
         resumed_tensors=run.resumed,
     )
+
+
+def _check_output(output: Path, fresh: bool) -> None:
+    """Refuse to write over what is there, and to replace anything but a checkpoint or an empty directory."""
+    if not output.exists():
+        return
+    if not fresh:
+        raise UsageError(f"{output} exists already; choose another output or replace it with --fresh")
+    if not output.is_dir() or (any(output.iterdir()) and not is_artifact(output)):
+        raise UsageError(f"{output} is not a fewbit checkpoint, so --fresh does not replace it; choose another output")
 
 
 def _open_work(work: Path, plan: Plan, windows: torch.Tensor | None, fresh: bool) -> None:
