@@ -19,22 +19,13 @@ from pathlib import Path
 import torch
 
 import fewbit
+from fewbit.environment import cpu_name
 from fewbit.formats import get_format, trellis
 from fewbit.ops.extension import load_native
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "encode.json"
 GROUP = 256
 DECODE_COLS = 2048
-
-
-def cpu_model() -> str:
-    """The processor's name as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -127,7 +118,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     report = {
         "benchmark": "encode",
-        "machine": {"cpu": cpu_model(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
+        "machine": {"cpu": cpu_name(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
         "versions": {"fewbit": fewbit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit(),
         "load_average_before": round(load, 2),

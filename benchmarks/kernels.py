@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from encode import commit, cpu_model
+from encode import commit
 
 import fewbit
+from fewbit.environment import cpu_name
 from fewbit.formats import get_format
 from fewbit.formats.trellis import load_tables
 from fewbit.math.hadamard import pack_signs, random_signs
@@ -161,7 +162,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     report = {
         "benchmark": "kernels",
-        "machine": {"cpu": cpu_model(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
+        "machine": {"cpu": cpu_name(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
         "versions": {"fewbit": fewbit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit(),
         "load_average_before": round(load, 2),

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from encode import commit
 from transformers.utils import logging
 
 from fewbit.assets import default_cache_dir, fetch_model, fetch_text
@@ -37,11 +37,6 @@ ROWS = {
     "trellis 3 bits, nearest, head bf16": QuantizeOptions(rounding="nearest", head="bf16"),
     "trellis 4 bits, LDLQ, head bf16": QuantizeOptions(bits=4, head="bf16"),
 }
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def reference_dir(model: str, seed: int) -> Path:

@@ -60,7 +60,8 @@ def quality_smollm2() -> str:
     note = (
         f"\n{first['tokens']} tokens of held-out Wikipedia text in windows of {first['window']}, bfloat16, "
         f"{first['options']['calib_tokens']} calibration tokens (half web, half Wikipedia); the off-grid reference has "
-        f"perplexity {first['reference_perplexity']:.2f}. Made by `benchmarks/quality.py`.\n"
+        f"perplexity {first['reference_perplexity']:.2f}. Trellis rows run with activations rounded to 8 bits, the "
+        f"others with decoded weights and 16-bit activations. Made by `benchmarks/quality.py`.\n"
     )
     return markdown(header, rows) + note
 
