@@ -73,7 +73,7 @@ def product(weights: dict[str, torch.Tensor], tokens: int, cols: int, bits: int)
     inputs = cpu.rotate_quantize(
         torch.randn(tokens, cols), None, get_format("trellis").spec(1, cols, bits).block, group
     )
-    return lambda: cpu.trellis_linear(*inputs, **weights, bias=None, bits=bits, dtype=torch.bfloat16)
+    return lambda: cpu.packed_linear(*inputs, **weights, bias=None, bits=bits, code="trellis", dtype=torch.bfloat16)
 
 
 def measure_few(rows: int, cols: int, bits: int, tokens: int, repeats: int) -> dict[str, object]:

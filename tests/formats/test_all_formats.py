@@ -29,7 +29,7 @@ def _encode(fmt: Format, weight: torch.Tensor, spec: TensorSpec, scale: float) -
 
 
 def test_the_known_formats_are_registered():
-    assert {"ternary", "lloyd8", "iq3_s", "int8", "trellis"} <= set(format_names())
+    assert {"ternary", "lloyd8", "iq3_s", "int4", "int8", "trellis"} <= set(format_names())
     with pytest.raises(UsageError, match="ternary"):
         get_format("no such format")
 

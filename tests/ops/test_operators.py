@@ -48,10 +48,21 @@ for rows, cols, batches in CASES:
             for dtype in (torch.float32, torch.bfloat16):
                 found = torch.ops.fewbit.rotate_quantize(x.to(dtype), signs, spec.block, spec.group)
                 bias = torch.randn(rows, generator=generator) if bits == 3 else None
-                y = torch.ops.fewbit.trellis_linear(
-                    *found, codes, scales, torch.tensor([0.003]), load_tables(bits)[0], bias, bits, dtype)
+                y = torch.ops.fewbit.packed_linear(
+                    *found, codes, scales, torch.tensor([0.003]), load_tables(bits)[0], bias, bits, "trellis", dtype)
                 for tensor in (*found, y.float()):
                     state.update(tensor.contiguous().numpy().tobytes())
+    spec = get_format("int4").spec(rows, cols, 4)
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 256, (-(-rows // 16), 8 * cols), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(rows, spec.groups, generator=generator) - 0.2).half()
+    for tokens in batches:
+        x = torch.randn(tokens, cols, generator=generator)
+        found = torch.ops.fewbit.rotate_quantize(x, None, spec.group, spec.group)
+        for dtype in (torch.float32, torch.bfloat16):
+            y = torch.ops.fewbit.packed_linear(
+                *found, codes, scales, torch.tensor([0.003]), None, None, 4, "nibbles", dtype)
+            state.update(y.float().contiguous().numpy().tobytes())
 print(state.hexdigest(), native.isa() if native else "torch")
 """
 
@@ -89,6 +100,22 @@ def _matrix(rows: int, cols: int, bits: int = 3, seed: int = 0) -> dict:
     }
 
 
+def _nibbles(rows: int, cols: int, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    spec = get_format("int4").spec(rows, cols, 4)
+    return {
+        "codes": torch.randint(0, 256, (-(-rows // 16), 8 * cols), dtype=torch.uint8, generator=generator),
+        "scales": (torch.rand(rows, spec.groups, generator=generator) + 0.5).half(),
+        "tensor_scale": torch.tensor([0.01]),
+        "tables": None,
+        "signs": pack_signs(random_signs(cols, seed)),
+        "bias": torch.randn(rows, generator=generator),
+        "bits": 4,
+        "block": spec.group,
+        "code": "nibbles",
+    }
+
+
 def _inputs(tokens: int, cols: int) -> torch.Tensor:
     return torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
 
@@ -105,10 +132,11 @@ def test_the_number_of_threads_changes_no_bit(threads, specified):
     assert _run(None, threads)[0] == specified
 
 
+@pytest.mark.parametrize("make", [_matrix, _nibbles])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "cols"), [(40, 1536), (17, 192), (100, 64)])
-def test_a_token_gets_the_same_result_in_every_batch(rows, cols, dtype):
-    weights = _matrix(rows, cols)
+def test_a_token_gets_the_same_result_in_every_batch(rows, cols, dtype, make):
+    weights = make(rows, cols)
     x = _inputs(61, cols).to(dtype)
     together = ops.linear(x, **weights)
     for size in (1, 2, 3, 7, 8, 9, 12, 13, 33):
@@ -126,6 +154,40 @@ def test_the_product_is_that_of_the_plain_weights_up_to_eight_bit_inputs():
     exact = rotate(x, random_signs(cols, 0), spec.block) @ rotated.T + weights["bias"]
     error = (ops.linear(x, **weights) - exact).norm() / exact.norm()
     assert error < 0.01
+
+
+def test_nibbles_multiply_like_the_weights_that_they_stand_for():
+    rows, cols = 40, 384
+    weights = _nibbles(rows, cols)
+    parts = {"codes": weights["codes"], "scales": weights["scales"], "scale": weights["tensor_scale"]}
+    rotated = get_format("int4").dequantize(parts, get_format("int4").spec(rows, cols, 4))
+    x = _inputs(9, cols)
+    exact = rotate(x, random_signs(cols, 0), weights["block"]) @ rotated.T + weights["bias"]
+    error = (ops.linear(x, **weights) - exact).norm() / exact.norm()
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("sizes", [(40, 7, 7), (300, 300), (16,)])
+def test_several_matrices_in_one_call_give_what_each_gives_alone(sizes, tokens):
+    x = _inputs(tokens, 512)
+    matrices = [_matrix(rows, 512, bits, rows) for rows, bits in zip(sizes, (3, 2, 4), strict=False)]
+    matrices = [{**matrix, "signs": matrices[0]["signs"]} for matrix in matrices]
+    names = ("codes", "scales", "tensor_scale", "tables", "bias", "bits")
+    lists = {name: [matrix[name] for matrix in matrices] for name in names}
+    together = ops.linears(x, **lists, signs=matrices[0]["signs"], block=256)
+    assert len(together) == len(matrices)
+    for y, matrix in zip(together, matrices, strict=True):
+        assert torch.equal(y, ops.linear(x, **matrix))
+
+
+def test_lists_of_different_lengths_are_refused():
+    weights = _matrix(20, 192)
+    lists = {name: [weights[name]] * 2 for name in ("codes", "scales", "tensor_scale", "tables", "bias", "bits")}
+    with pytest.raises(ValueError, match="2 matrices, but a list has 1 entries"):
+        ops.linears(torch.zeros(2, 192), **{**lists, "bits": [3]}, signs=None, block=64)
+    with pytest.raises(ValueError, match="at least one matrix"):
+        ops.linears(torch.zeros(2, 192), [], [], [], [], None, [], [], 64)
 
 
 def test_quantized_inputs_are_the_rotated_ones_within_half_a_step():
@@ -171,7 +233,10 @@ def test_operators_pass_opcheck(tokens):
     torch.library.opcheck(ops.rotate_quantize, (x, weights["signs"], 64, 192))
     found = ops.rotate_quantize(x, weights["signs"], 64, 192)
     parts = [weights[name] for name in ("codes", "scales", "tensor_scale", "tables", "bias")]
-    torch.library.opcheck(ops.trellis_linear, (*found, *parts, 3, torch.bfloat16))
+    torch.library.opcheck(ops.packed_linear, (*found, *parts, 3, "trellis", torch.bfloat16))
+    torch.library.opcheck(ops.linear, (x,), _nibbles(20, 192))
+    lists = [[part, part] for part in parts]
+    torch.library.opcheck(ops.linears, (x, *lists[:4], weights["signs"], lists[4], [3, 3], 64))
 
 
 def test_a_compiled_graph_gives_the_eager_result():
@@ -185,6 +250,9 @@ def test_a_compiled_graph_gives_the_eager_result():
     ("change", "message"),
     [
         ({"bits": 5}, "2, 3 or 4 bits, not 5"),
+        ({"code": "nibbles"}, "nibbles have 4 bits, not 3"),
+        ({"code": "huffman"}, "the code must be one of trellis, nibbles, not 'huffman'"),
+        ({"tables": None}, "the trellis needs its tables"),
         ({"block": 48}, "block must be 32, 64, 128 or 256, not 48"),
         ({"block": 256}, "multiple of the block 256"),
         (
@@ -228,4 +296,4 @@ def test_quantized_inputs_that_disagree_are_refused():
         ((q, scale, sums.float()), r"sums must be torch.int32 \[2, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            ops.trellis_linear(*broken, *parts, 3, torch.float32)
+            ops.packed_linear(*broken, *parts, 3, "trellis", torch.float32)

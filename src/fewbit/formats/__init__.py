@@ -3,7 +3,7 @@
 `get_format(name)` finds one, `format_names()` lists them; docs/ has one page per family.
 """
 
-from fewbit.formats import groupint, iq3_s, scalar, trellis
+from fewbit.formats import groupint, int4, iq3_s, scalar, trellis
 from fewbit.formats.base import _FORMATS, Format, TensorSpec, get_format
 
 
@@ -12,4 +12,4 @@ def format_names() -> tuple[str, ...]:
     return tuple(sorted(_FORMATS))
 
 
-__all__ = ["Format", "TensorSpec", "format_names", "get_format", "groupint", "iq3_s", "scalar", "trellis"]
+__all__ = ["Format", "TensorSpec", "format_names", "get_format", "groupint", "int4", "iq3_s", "scalar", "trellis"]

@@ -2,10 +2,14 @@
 #include "arguments.hpp"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu.hpp"
@@ -103,89 +107,158 @@ private:
     std::vector<uint16_t> scales_;
 };
 
-void multiply(ProductJob job) {
-    if (job.tokens == 0) return;
+// Where the jobs' units of work (row groups or panels) begin when they are counted through.
+class Units {
+public:
+    Units(const std::vector<ProductJob>& jobs, int panel) : jobs_(jobs) {
+        for (const ProductJob& job : jobs) ends_.push_back(count() + (row_groups(job.rows) + panel - 1) / panel);
+    }
+
+    int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
+
+    template <class Body>
+    void at(int64_t unit, const Body& body) const {
+        size_t i = 0;
+        while (unit >= ends_[i]) ++i;
+        body(jobs_[i], unit - (i == 0 ? 0 : ends_[i - 1]));
+    }
+
+private:
+    const std::vector<ProductJob>& jobs_;
+    std::vector<int64_t> ends_;
+};
+
+// Products of one input with one or several matrices, their row groups shared out among the threads.
+void multiply(std::vector<ProductJob> jobs) {
+    const int64_t tokens = jobs[0].tokens, cols = jobs[0].cols;
+    if (tokens == 0) return;
     const ProductKernels& use = *kernels().product;
-    const int64_t groups = row_groups(job.rows);
-    const int threads = threads_for(job.tokens * job.rows * job.cols, kWorkOfAThread);
-    Scratches scratch(threads, job.cols / job.group * kMaxPanel * kTileRows);
-    if (job.tokens <= use.few)
-        return run(threads, groups, [&](int64_t index, int worker) { use.multiply_few(job, index, scratch[worker]); });
-    const std::unique_ptr<int8_t[]> packed(new int8_t[static_cast<size_t>(job.tokens * job.cols)]);
-    job.packed = packed.get();
-    run(threads_for(job.tokens * job.cols, kTokenWork), (job.tokens + use.block - 1) / use.block,
-        [&](int64_t block, int) { use.pack(job, block); });
-    run(threads, (groups + use.panel - 1) / use.panel,
-        [&](int64_t panel, int worker) { use.multiply(job, panel, scratch[worker]); });
+    int64_t rows = 0;
+    for (const ProductJob& job : jobs) rows += job.rows;
+    const int threads = threads_for(tokens * rows * cols, kWorkOfAThread);
+    Scratches scratch(threads, cols / jobs[0].group * kMaxPanel * kTileRows);
+    const bool few = tokens <= use.few;
+    std::unique_ptr<int8_t[]> packed;
+    if (!few) {
+        packed.reset(new int8_t[static_cast<size_t>(tokens * cols)]);
+        for (ProductJob& job : jobs) job.packed = packed.get();
+        run(threads_for(tokens * cols, kTokenWork), (tokens + use.block - 1) / use.block,
+            [&](int64_t block, int) { use.pack(jobs[0], block); });
+    }
+    const Units units(jobs, few ? 1 : use.panel);
+    run(threads, units.count(), [&](int64_t unit, int worker) {
+        units.at(unit, [&](const ProductJob& job, int64_t index) {
+            (few ? use.multiply_few : use.multiply)(job, index, scratch[worker]);
+        });
+    });
 }
 
-// The weights' part of a job, checked against inputs of `cols` columns and an output for `tokens` tokens.
-ProductJob weights_of(const Array<const uint8_t, 2>& codes, const Array<const uint16_t, 2>& scales, float scale,
-                      const Array<const int8_t, 1>& tables, const std::optional<Array<const float, 1>>& bias, int bits,
-                      const Floats& out, int64_t tokens, int64_t cols) {
-    const int64_t rows = static_cast<int64_t>(scales.shape(0)), groups = static_cast<int64_t>(scales.shape(1));
-    ProductJob job{};
-    job.bf16 = is_bf16("out", out);
-    require_bits(bits);
-    require(groups > 0 && cols % groups == 0, "scales must be [N, K / group]");
-    const int64_t group = cols / groups;
-    require_group(group);
-    require(group % 32 == 0, "a scale group is a multiple of 32 columns here, not " + std::to_string(group));
-    require_shape("codes", codes, row_groups(rows), 2 * bits * cols);
-    require_tables(tables);
-    if (bias) require_length("bias", *bias, rows);
-    require(static_cast<int64_t>(out.shape(0)) == tokens && static_cast<int64_t>(out.shape(1)) == rows,
-            "out must be [" + std::to_string(tokens) + ", " + std::to_string(rows) + "]");
-    job.codes = codes.data();
-    job.scales = scales.data();
-    job.scale = scale;
-    job.tables = tables.data();
-    job.bias = bias ? bias->data() : nullptr;
-    job.out = out.data();
-    job.tokens = tokens;
-    job.rows = rows;
-    job.cols = cols;
-    job.group = static_cast<int>(group);
-    job.bits = bits;
-    return job;
-}
+// A packed matrix as Python gives it: its parts, checked once and kept alive.
+class Matrix {
+public:
+    Matrix(Array<const uint8_t, 2> codes, Array<const uint16_t, 2> scales, float scale,
+           std::optional<Array<const int8_t, 1>> tables, std::optional<Array<const float, 1>> bias, int bits,
+           const std::string& code)
+        : codes_(std::move(codes)), scales_(std::move(scales)), tables_(std::move(tables)), bias_(std::move(bias)) {
+        require_bits(bits);
+        const int64_t groups = static_cast<int64_t>(scales_.shape(1));
+        job_.rows = static_cast<int64_t>(scales_.shape(0));
+        job_.cols = static_cast<int64_t>(codes_.shape(1)) / (2 * bits);
+        require(groups > 0 && job_.cols % groups == 0, "scales must be [N, K / group]");
+        const int64_t group = job_.cols / groups;
+        require_group(group);
+        require(group % 32 == 0, "a scale group is a multiple of 32 columns here, not " + std::to_string(group));
+        require_shape("codes", codes_, row_groups(job_.rows), 2 * bits * job_.cols);
+        require(code == "trellis" || code == "nibbles", "the code must be trellis or nibbles, not " + code);
+        job_.code = code == "trellis" ? Code::trellis : Code::nibbles;
+        require(job_.code == Code::trellis ? tables_.has_value() : bits == 4,
+                job_.code == Code::trellis ? "the trellis needs its tables" : "nibbles have 4 bits");
+        if (tables_) require_tables(*tables_);
+        if (bias_) require_length("bias", *bias_, job_.rows);
+        job_.codes = codes_.data();
+        job_.scales = scales_.data();
+        job_.scale = scale;
+        job_.tables = tables_ ? tables_->data() : nullptr;
+        job_.bias = bias_ ? bias_->data() : nullptr;
+        job_.group = static_cast<int>(group);
+        job_.bits = bits;
+    }
 
-void trellis_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>& input_scale,
-                    const Array<const int32_t, 2>& sums, const Array<const uint8_t, 2>& codes,
-                    const Array<const uint16_t, 2>& scales, float scale, const Array<const int8_t, 1>& tables,
-                    const std::optional<Array<const float, 1>>& bias, int bits, const Floats& out) {
-    const int64_t tokens = static_cast<int64_t>(q.shape(0)), cols = static_cast<int64_t>(q.shape(1));
-    ProductJob job = weights_of(codes, scales, scale, tables, bias, bits, out, tokens, cols);
+    int64_t cols() const { return job_.cols; }
+    int group() const { return job_.group; }
+
+    // The job without its inputs, for an output of `tokens` tokens.
+    ProductJob job(const Floats& out, int64_t tokens) const {
+        require(static_cast<int64_t>(out.shape(0)) == tokens && static_cast<int64_t>(out.shape(1)) == job_.rows,
+                "out must be [" + std::to_string(tokens) + ", " + std::to_string(job_.rows) + "]");
+        ProductJob job = job_;
+        job.bf16 = is_bf16("out", out);
+        job.out = out.data();
+        job.tokens = tokens;
+        return job;
+    }
+
+private:
+    Array<const uint8_t, 2> codes_;
+    Array<const uint16_t, 2> scales_;
+    std::optional<Array<const int8_t, 1>> tables_;
+    std::optional<Array<const float, 1>> bias_;
+    ProductJob job_{};
+};
+
+void packed_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>& input_scale,
+                   const Array<const int32_t, 2>& sums, const Matrix& matrix, const Floats& out) {
+    const int64_t tokens = static_cast<int64_t>(q.shape(0)), cols = matrix.cols();
+    ProductJob job = matrix.job(out, tokens);
+    require_shape("q", q, tokens, cols);
     require_shape("scale", input_scale, tokens, cols / job.group);
     require_shape("sums", sums, tokens, cols / job.group);
     job.q = q.data();
     job.input_scale = input_scale.data();
     job.sums = sums.data();
     nb::gil_scoped_release release;
-    multiply(job);
+    multiply({job});
 }
 
-// Both steps in one call: what a linear layer does for every token.
-void linear(const Floats& x, const std::optional<Signs>& signs, int block, const Array<const uint8_t, 2>& codes,
-            const Array<const uint16_t, 2>& scales, float scale, const Array<const int8_t, 1>& tables,
-            const std::optional<Array<const float, 1>>& bias, int bits, const Floats& out) {
+// Inputs quantized within a call.
+struct Quantized {
+    std::unique_ptr<int8_t[]> q;
+    std::unique_ptr<float[]> scale;
+    std::unique_ptr<int32_t[]> sums;
+
+    Quantized(int64_t tokens, int64_t cols, int64_t groups)
+        : q(new int8_t[static_cast<size_t>(tokens * cols)]),
+          scale(new float[static_cast<size_t>(tokens * groups)]),
+          sums(new int32_t[static_cast<size_t>(tokens * groups)]) {}
+};
+
+// Both steps in one call, for every matrix that reads the same inputs.
+void linear(const Floats& x, const std::optional<Signs>& signs, int block, const std::vector<const Matrix*>& matrices,
+            const std::vector<Floats>& outs) {
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
+    require(!matrices.empty() && matrices.size() == outs.size(), "every matrix needs its output");
     const bool bf16 = is_bf16("x", x);
-    ProductJob job = weights_of(codes, scales, scale, tables, bias, bits, out, tokens, cols);
-    require_block(block, job.group);
+    const int group = matrices[0]->group();
+    require_block(block, group);
     if (signs) require_length("signs", *signs, (cols + 7) / 8);
+    std::vector<ProductJob> jobs;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+        require(matrices[i] != nullptr, "a matrix is missing");
+        require(matrices[i]->cols() == cols && matrices[i]->group() == group,
+                "matrices of one call share their inputs and their scale groups");
+        jobs.push_back(matrices[i]->job(outs[i], tokens));
+    }
     nb::gil_scoped_release release;
-    const size_t groups = static_cast<size_t>(tokens * (cols / job.group));
-    const std::unique_ptr<int8_t[]> q(new int8_t[static_cast<size_t>(tokens * cols)]);
-    const std::unique_ptr<float[]> input_scale(new float[groups]);
-    const std::unique_ptr<int32_t[]> sums(new int32_t[groups]);
-    rotate({x.data(), bf16, signs ? signs->data() : nullptr, q.get(), input_scale.get(), sums.get(), cols, block,
-            job.group},
+    const Quantized inputs(tokens, cols, cols / group);
+    rotate({x.data(), bf16, signs ? signs->data() : nullptr, inputs.q.get(), inputs.scale.get(), inputs.sums.get(),
+            cols, block, group},
            tokens);
-    job.q = q.get();
-    job.input_scale = input_scale.get();
-    job.sums = sums.get();
-    multiply(job);
+    for (ProductJob& job : jobs) {
+        job.q = inputs.q.get();
+        job.input_scale = inputs.scale.get();
+        job.sums = inputs.sums.get();
+    }
+    multiply(std::move(jobs));
 }
 
 }  // namespace
@@ -194,13 +267,16 @@ void bind_product(nb::module_& m) {
     m.def("rotate_quantize", &rotate_quantize, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "group"_a,
           "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(),
           "Rotate x float32 or bfloat16 bits [T, K] and quantize it to q int8 [T, K], scale and sums [T, K / group].");
-    m.def("trellis_linear", &trellis_linear, "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(),
-          "codes"_a.noconvert(), "scales"_a.noconvert(), "tensor_scale"_a, "tables"_a.noconvert(),
-          "bias"_a.noconvert().none(), "bits"_a, "out"_a.noconvert(),
-          "Fill out float32 or bfloat16 bits [T, N] with the product of quantized inputs and trellis weights.");
-    m.def("linear", &linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "codes"_a.noconvert(),
-          "scales"_a.noconvert(), "tensor_scale"_a, "tables"_a.noconvert(), "bias"_a.noconvert().none(), "bits"_a,
-          "out"_a.noconvert(), "rotate_quantize, then trellis_linear, for x float32 or bfloat16 bits [T, K].");
+    nb::class_<Matrix>(m, "Matrix", "The parts of a packed matrix [N, K], checked and kept alive.")
+        .def(nb::init<Array<const uint8_t, 2>, Array<const uint16_t, 2>, float, std::optional<Array<const int8_t, 1>>,
+                      std::optional<Array<const float, 1>>, int, const std::string&>(),
+             "codes"_a.noconvert(), "scales"_a.noconvert(), "tensor_scale"_a, "tables"_a.noconvert().none(),
+             "bias"_a.noconvert().none(), "bits"_a, "code"_a);
+    m.def("packed_linear", &packed_linear, "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(), "matrix"_a,
+          "out"_a.noconvert(),
+          "Fill out float32 or bfloat16 bits [T, N] with the product of quantized inputs and a packed matrix.");
+    m.def("linear", &linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "matrices"_a, "outs"_a,
+          "rotate_quantize of x float32 or bfloat16 bits [T, K], then packed_linear with every matrix.");
 }
 
 }  // namespace fewbit

@@ -1,4 +1,4 @@
-// The kernels of inference, once per instruction set: quantizing inputs and multiplying them with trellis weights.
+// The kernels of inference, once per instruction set: quantizing inputs and multiplying them with packed weights.
 // Nothing here allocates, throws or knows about Python; jobs are checked before they get here.
 #pragma once
 
@@ -29,6 +29,12 @@ struct RotateJob {
     int group;                                                // a multiple of block, at most kMaxGroup
 };
 
+// What the codes of a matrix mean. All take 2 * bits * cols bytes per row group and start anew in every scale group.
+enum class Code {
+    trellis,                                                  // the canonical stream
+    nibbles,                                                  // 4 bits, value + 8
+};
+
 // out = q W' + bias: exact integer sums per group, times (weight scale * input scale), groups in order.
 struct ProductJob {
     const int8_t* q;                                          // [tokens, cols], within +-127
@@ -37,13 +43,14 @@ struct ProductJob {
     const uint8_t* codes;                                     // [row groups, 2 k cols]
     const uint16_t* scales;                                   // [rows, cols / group] half floats as their bits
     float scale;                                              // of the whole tensor
-    const int8_t* tables;                                     // A 16, B 4, C 4, D 16
+    const int8_t* tables;                                     // A 16, B 4, C 4, D 16; null for nibbles
     const float* bias;                                        // [rows] or null
     void* out;                                                // [tokens, rows] float, or bfloat16 as its bits
     bool bf16;
     int64_t tokens, rows, cols;
     int group;                                                // a multiple of 32, at most kMaxGroup
     int bits;
+    Code code;
     int8_t* packed;                                           // [tokens, cols] for `pack`; unused for few tokens
 };
 

@@ -7,7 +7,7 @@ namespace fewbit {
 namespace {
 
 #include "rotate_quantize.hpp"
-#include "trellis_product.hpp"
+#include "packed_product.hpp"
 
 struct Rotation {
     static constexpr int lanes = 8;
@@ -86,15 +86,15 @@ inline __m256i repeat(const int8_t* sixteen) {
 
 struct Narrow {
     static constexpr int kBlock = 4, kPanel = 1;
+    static constexpr int kNear = 1536, kFar = 12288;  // bytes ahead to prefetch into the nearest cache and the next
 
     // Three 16-entry tables: A of the window's bits 0-3, B + C of 4-7, D of 8-11.
     template <int K>
-    struct Decoder {
+    struct Trellis {
         static constexpr int kBack = K == 4 ? 1 : 2;  // an older weight's upper bits hold A's
-        static constexpr int kNear = 1536, kFar = 12288;
         __m256i a, bc, d, even_pick, odd_pick, even_shift, odd_shift;
 
-        explicit Decoder(const int8_t* tables) {
+        explicit Trellis(const int8_t* tables) {
             int8_t middle[16];
             for (int i = 0; i < 16; ++i) middle[i] = static_cast<int8_t>(tables[16 + (i & 3)] + tables[20 + (i >> 2)]);
             a = repeat(tables);
@@ -150,6 +150,27 @@ struct Narrow {
                 const __m256i now = recent(codes, half == 0);
                 _mm256_store_si256(reinterpret_cast<__m256i*>(out), values(now, before));
                 before = now;
+            }
+        }
+    };
+
+    // Two chunks in the low and the high halves of 64 bytes, each weight plus 8.
+    struct Nibbles {
+        explicit Nibbles(const int8_t*) {}
+
+        void decode(const uint8_t* codes, int chunks, uint8_t* out) const {
+            const __m256i nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+            for (int c = 0; c < chunks; c += 2, out += 2 * kChunk) {
+                _mm_prefetch(reinterpret_cast<const char*>(codes + kFar), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char*>(codes + kNear), _MM_HINT_T0);
+                for (int half = 0; half < 2; ++half, codes += 32) {
+                    const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+                    __m256i* to = reinterpret_cast<__m256i*>(out + 32 * half);
+                    const __m256i low = _mm256_and_si256(pair, nibble);
+                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), nibble);
+                    _mm256_store_si256(to, _mm256_sub_epi8(low, eight));
+                    _mm256_store_si256(to + 2, _mm256_sub_epi8(high, eight));
+                }
             }
         }
     };

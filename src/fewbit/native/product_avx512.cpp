@@ -7,7 +7,7 @@ namespace fewbit {
 namespace {
 
 #include "rotate_quantize.hpp"
-#include "trellis_product.hpp"
+#include "packed_product.hpp"
 
 struct Rotation {
     static constexpr int lanes = 16;
@@ -84,52 +84,76 @@ inline __m512 load_scales(const uint16_t* halves, float scale) {
     return _mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(scale));
 }
 
+constexpr int kStep = 8;                          // chunks that the decoders' unrolled loops take at once
+
+// Trellis weights: the two 64-entry tables (A + B, C + D + 128) and where the windows of 64 weights stand.
+template <int K>
+struct TrellisChunks {
+    static constexpr int kBytes = 8 * K;          // of a chunk
+    static constexpr int kOrigin = 128;           // vpdpbusd takes one unsigned factor: chunks are weights + kOrigin
+    __m512i low, high, gather, low_shift, high_shift;
+
+    explicit TrellisChunks(const int8_t* tables) {
+        alignas(64) uint8_t low_table[64], high_table[64], bytes[64], shift[64];
+        for (int i = 0; i < 64; ++i) {
+            low_table[i] = static_cast<uint8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
+            high_table[i] = static_cast<uint8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)] + kOrigin);
+            // Seen from two bytes before the chunk, weight i of eight has its window at bit k + 4 + k i.
+            bytes[i] = static_cast<uint8_t>(K * (i >> 3) + (i & 7));
+            shift[i] = static_cast<uint8_t>(K + 4 + K * (i & 7));
+        }
+        low = _mm512_load_si512(low_table);
+        high = _mm512_load_si512(high_table);
+        gather = _mm512_load_si512(bytes);
+        low_shift = _mm512_load_si512(shift);
+        high_shift = _mm512_add_epi8(low_shift, _mm512_set1_epi8(6));
+    }
+
+    // Chunk i of a step, 16 rows x 4 columns; the bytes before it count as zero at the start of a group.
+    __m512i chunk(const uint8_t* codes, int i, bool start) const {
+        codes += i * kBytes;
+        __m512i stream;
+        if constexpr (K == 4) {
+            stream = start ? _mm512_maskz_loadu_epi8(~3ull, codes - 2) : _mm512_loadu_si512(codes - 2);
+        } else {
+            const __m256i half = start ? _mm256_maskz_loadu_epi8(~3u, codes - 2)
+                                       : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes - 2));
+            stream = _mm512_castsi256_si512(half);
+        }
+        stream = _mm512_permutexvar_epi8(gather, stream);
+        const __m512i a = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(low_shift, stream), low);
+        const __m512i b = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(high_shift, stream), high);
+        return _mm512_add_epi8(a, b);
+    }
+
+    void decode(const uint8_t* codes, int chunks, uint8_t* out) const {
+        _mm512_store_si512(out, chunk(codes, 0, true));
+        for (int c = 1; c < chunks; ++c) _mm512_store_si512(out + c * kChunk, chunk(codes, c, false));
+    }
+};
+
+// Two chunks in the low and the high halves of 64 bytes, each weight plus 8.
+struct NibbleChunks {
+    static constexpr int kBytes = 32;
+    static constexpr int kOrigin = 8;
+
+    explicit NibbleChunks(const int8_t*) {}
+
+    __m512i chunk(const uint8_t* codes, int i, bool) const {
+        const __m512i pair = _mm512_loadu_si512(codes + i / 2 * kChunk);
+        return _mm512_and_si512(i % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
+    }
+
+    void decode(const uint8_t* codes, int chunks, uint8_t* out) const;
+};
+
 struct Wide {
     static constexpr int kBlock = 12, kPanel = 2, kFew = 8;
-    static constexpr int kOrigin = 128;  // bytes are weights + 128: vpdpbusd takes one unsigned factor
+    static constexpr int kOrigin = 128;           // of decoded bytes
 
-    // The two 64-entry tables (A + B, C + D + 128) and where the windows of 64 weights stand.
     template <int K>
-    struct Decoder {
-        __m512i low, high, gather, low_shift, high_shift;
-
-        explicit Decoder(const int8_t* tables) {
-            alignas(64) uint8_t low_table[64], high_table[64], bytes[64], shift[64];
-            for (int i = 0; i < 64; ++i) {
-                low_table[i] = static_cast<uint8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
-                high_table[i] = static_cast<uint8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)] + kOrigin);
-                // Seen from two bytes before the chunk, weight i of eight has its window at bit k + 4 + k i.
-                bytes[i] = static_cast<uint8_t>(K * (i >> 3) + (i & 7));
-                shift[i] = static_cast<uint8_t>(K + 4 + K * (i & 7));
-            }
-            low = _mm512_load_si512(low_table);
-            high = _mm512_load_si512(high_table);
-            gather = _mm512_load_si512(bytes);
-            low_shift = _mm512_load_si512(shift);
-            high_shift = _mm512_add_epi8(low_shift, _mm512_set1_epi8(6));
-        }
-
-        // 64 weights, 16 rows x 4 columns; the bytes before `codes` count as zero at the start of a group.
-        __m512i chunk(const uint8_t* codes, bool start) const {
-            __m512i stream;
-            if constexpr (K == 4) {
-                stream = start ? _mm512_maskz_loadu_epi8(~3ull, codes - 2) : _mm512_loadu_si512(codes - 2);
-            } else {
-                const __m256i half = start ? _mm256_maskz_loadu_epi8(~3u, codes - 2)
-                                           : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes - 2));
-                stream = _mm512_castsi256_si512(half);
-            }
-            stream = _mm512_permutexvar_epi8(gather, stream);
-            const __m512i a = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(low_shift, stream), low);
-            const __m512i b = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(high_shift, stream), high);
-            return _mm512_add_epi8(a, b);
-        }
-
-        void decode(const uint8_t* codes, int chunks, uint8_t* out) const {
-            _mm512_store_si512(out, chunk(codes, true));
-            for (int c = 1; c < chunks; ++c) _mm512_store_si512(out + c * kChunk, chunk(codes + c * 8 * K, false));
-        }
-    };
+    using Trellis = TrellisChunks<K>;
+    using Nibbles = NibbleChunks;
 
     template <int T>
     static void tile(const ProductJob& job, const Tile& tile) {
@@ -161,24 +185,29 @@ struct Wide {
     }
 };
 
+inline void NibbleChunks::decode(const uint8_t* codes, int chunks, uint8_t* out) const {
+    const __m512i shift = _mm512_set1_epi8(Wide::kOrigin - kOrigin);
+    for (int c = 0; c < chunks; ++c) _mm512_store_si512(out + c * kChunk, _mm512_add_epi8(chunk(codes, c, false), shift));
+}
+
 // The group's sums of T tokens, decoding in registers; a token's sum is the total of its `copies` chains.
-template <int K, int T>
+template <class Decoder, int T>
 struct Few {
     static constexpr int copies = T == 1 ? 4 : T <= 3 ? 2 : 1;
-    static constexpr int kStep = 8;               // chunks, 64 k bytes
+    static constexpr int kBytes = Decoder::kBytes;
     static constexpr int kNear = 1536, kFar = 12288;
 
     template <bool Start>
-    static inline void step(const Wide::Decoder<K>& decoder, const uint8_t* codes, const int8_t* const* inputs, int c,
+    static inline void step(const Decoder& decoder, const uint8_t* codes, const int8_t* const* inputs, int c,
                             __m512i (&dots)[T][copies]) {
 #pragma GCC unroll 4
-        for (int line = 0; line < K; ++line) {
+        for (int line = 0; line < kStep * kBytes / 64; ++line) {
             _mm_prefetch(reinterpret_cast<const char*>(codes + kFar + 64 * line), _MM_HINT_T1);
             _mm_prefetch(reinterpret_cast<const char*>(codes + kNear + 64 * line), _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kStep; ++i) {
-            const __m512i weights = decoder.chunk(codes + i * 8 * K, Start && i == 0);
+            const __m512i weights = decoder.chunk(codes, i, Start && i == 0);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
                 __m512i& dot = dots[t][i % copies];
@@ -187,23 +216,23 @@ struct Few {
         }
     }
 
-    static void multiply(const ProductJob& job, int64_t row_group, ProductScratch& scratch) {
+    static void multiply(const ProductJob& job, int64_t row_group, const Decoder& decoder, ProductScratch& scratch) {
         const int64_t groups = job.cols / job.group;
-        const Wide::Decoder<K> decoder(job.tables);
         panel_scales(job, row_group, 1, scratch.scales);
         __m512 total[T];
         for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
         for (int64_t g = 0; g < groups; ++g) {
-            const uint8_t* codes = group_codes<K>(job, row_group, g, scratch);
+            const uint8_t* codes = group_codes(job, row_group, g, scratch);
             const int8_t* inputs[T];
             __m512i dots[T][copies];
             for (int t = 0; t < T; ++t) {
                 inputs[t] = job.q + t * job.cols + g * job.group;
-                dots[t][0] = _mm512_set1_epi32(-Wide::kOrigin * job.sums[t * groups + g]);
+                dots[t][0] = _mm512_set1_epi32(-Decoder::kOrigin * job.sums[t * groups + g]);
                 for (int i = 1; i < copies; ++i) dots[t][i] = _mm512_setzero_si512();
             }
             step<true>(decoder, codes, inputs, 0, dots);
-            for (int c = kStep; c < job.group / 4; c += kStep) step<false>(decoder, codes + c * 8 * K, inputs, c, dots);
+            for (int c = kStep; c < job.group / 4; c += kStep)
+                step<false>(decoder, codes + c * kBytes, inputs, c, dots);
             const __m512 scale = load_scales(scratch.scales + g * kTileRows, job.scale);
             for (int t = 0; t < T; ++t) {
                 for (int i = 1; i < copies; ++i) dots[t][0] = _mm512_add_epi32(dots[t][0], dots[t][i]);
@@ -218,20 +247,16 @@ struct Few {
     }
 };
 
-template <int K, int T = Wide::kFew>
-void multiply_few_bits(const ProductJob& job, int64_t row_group, ProductScratch& scratch) {
+template <class Decoder, int T = Wide::kFew>
+void multiply_few_with(const ProductJob& job, int64_t row_group, const Decoder& decoder, ProductScratch& scratch) {
     if constexpr (T > 1) {
-        if (job.tokens < T) return multiply_few_bits<K, T - 1>(job, row_group, scratch);
+        if (job.tokens < T) return multiply_few_with<Decoder, T - 1>(job, row_group, decoder, scratch);
     }
-    Few<K, T>::multiply(job, row_group, scratch);
+    Few<Decoder, T>::multiply(job, row_group, decoder, scratch);
 }
 
 void multiply_few(const ProductJob& job, int64_t row_group, ProductScratch& scratch) {
-    switch (job.bits) {
-        case 2: return multiply_few_bits<2>(job, row_group, scratch);
-        case 3: return multiply_few_bits<3>(job, row_group, scratch);
-        default: return multiply_few_bits<4>(job, row_group, scratch);
-    }
+    with_decoder<Wide>(job, [&](const auto& decoder) { multiply_few_with(job, row_group, decoder, scratch); });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@ namespace fewbit {
 namespace {
 
 #include "rotate_quantize.hpp"
-#include "trellis_product.hpp"
+#include "packed_product.hpp"
 
 struct Rotation {
     static constexpr int lanes = 8;
@@ -118,10 +118,10 @@ struct Plain {
     static constexpr int kBlock = 4, kPanel = 1;
 
     template <int K>
-    struct Decoder {
+    struct Trellis {
         int8_t low[64], high[64];
 
-        explicit Decoder(const int8_t* tables) {
+        explicit Trellis(const int8_t* tables) {
             for (int i = 0; i < 64; ++i) {
                 low[i] = static_cast<int8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
                 high[i] = static_cast<int8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)]);
@@ -140,6 +140,19 @@ struct Plain {
                 }
                 window >>= 8 * K;
             }
+        }
+    };
+
+    // Two chunks in the low and the high halves of 64 bytes, each weight plus 8.
+    struct Nibbles {
+        explicit Nibbles(const int8_t*) {}
+
+        void decode(const uint8_t* codes, int chunks, uint8_t* out) const {
+            for (int c = 0; c < chunks; c += 2, codes += kChunk, out += 2 * kChunk)
+                for (int i = 0; i < kChunk; ++i) {
+                    out[i] = static_cast<uint8_t>((codes[i] & 15) - 8);
+                    out[kChunk + i] = static_cast<uint8_t>((codes[i] >> 4) - 8);
+                }
         }
     };
 

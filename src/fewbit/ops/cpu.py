@@ -5,6 +5,9 @@ Importing this module makes `torch.ops.fewbit` usable.
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 
 from fewbit.ops import reference, schemas
@@ -32,38 +35,29 @@ def rotate_quantize(
     return q, scale, sums
 
 
-def trellis_linear(
+def packed_linear(
     q: torch.Tensor,
     scale: torch.Tensor,
     sums: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
-    tables: torch.Tensor,
+    tables: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
+    code: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See `reference.trellis_linear`; `ValueError` for arguments that do not fit."""
-    schemas.check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
+    """See `reference.packed_linear`; `ValueError` for arguments that do not fit."""
+    schemas.check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
     schemas.check_inputs(q, scale, sums, scales.shape[1])
     schemas.require(dtype in schemas.FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
     native = load_native()
     if native is None:
-        return reference.trellis_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, dtype)
+        return reference.packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, dtype)
     out = torch.empty(q.shape[0], scales.shape[0], dtype=dtype if dtype in NATIVE_FLOATS else torch.float32)
-    native.trellis_linear(
-        q.contiguous(),
-        scale.contiguous(),
-        sums.contiguous(),
-        codes.contiguous(),
-        _bits(scales.contiguous()),
-        tensor_scale.item(),
-        tables.contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        bits,
-        _bits(out),
-    )
+    matrix = _matrix(native, codes, scales, tensor_scale, tables, bias, bits, code)
+    native.packed_linear(q.contiguous(), scale.contiguous(), sums.contiguous(), matrix, _bits(out))
     return out.to(dtype)
 
 
@@ -72,35 +66,74 @@ def linear(
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
-    tables: torch.Tensor,
+    tables: torch.Tensor | None,
     signs: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     block: int,
+    code: str = "trellis",
 ) -> torch.Tensor:
     """See `reference.linear`; `ValueError` for arguments that do not fit."""
+    return linears(x, [codes], [scales], [tensor_scale], [tables], signs, [bias], [bits], block, code)[0]
+
+
+def linears(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    tensor_scale: list[torch.Tensor],
+    tables: list[torch.Tensor | None],
+    signs: torch.Tensor | None,
+    bias: list[torch.Tensor | None],
+    bits: list[int],
+    block: int,
+    code: str = "trellis",
+) -> list[torch.Tensor]:
+    """See `reference.linears`; `ValueError` for arguments that do not fit."""
+    schemas.check_lists(codes, scales, tensor_scale, tables, bias, bits)
     cols = x.shape[-1]
-    schemas.check_weights(cols, codes, scales, tensor_scale, tables, bias, bits)
-    schemas.check_rotation(cols, x.dtype, signs, block, cols // scales.shape[1])
+    matrices: list[tuple[Any, Any, Any, Any, Any, int]] = list(
+        zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
+    )
+    for parts in matrices:
+        schemas.check_weights(cols, *parts, code)
+        schemas.check_rotation(cols, x.dtype, signs, block, cols // parts[1].shape[1])
     native = load_native()
     if native is None:
-        return reference.linear(x, codes, scales, tensor_scale, tables, signs, bias, bits, block)
+        return reference.linears(x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code)
     rows = x.reshape(-1, cols).contiguous()
     dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
-    out = torch.empty(rows.shape[0], scales.shape[0], dtype=dtype)
+    outs = [torch.empty(rows.shape[0], s.shape[0], dtype=dtype) for s in scales]
     native.linear(
         _bits(rows.to(dtype)),
         signs,
         block,
+        [_matrix(native, *parts, code) for parts in matrices],
+        [_bits(out) for out in outs],
+    )
+    return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def _matrix(
+    native: ModuleType,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    code: str,
+) -> Any:
+    """The parts of a packed matrix as native code takes them."""
+    return native.Matrix(
         codes.contiguous(),
         _bits(scales.contiguous()),
         tensor_scale.item(),
-        tables.contiguous(),
+        None if tables is None else tables.contiguous(),
         None if bias is None else bias.float().contiguous(),
         bits,
-        _bits(out),
+        code,
     )
-    return out.to(x.dtype).view(*x.shape[:-1], scales.shape[0])
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -111,8 +144,9 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 # Devices without a kernel of their own compute what the specification says.
 for _name, _native, _reference in (
     ("rotate_quantize", rotate_quantize, reference.rotate_quantize),
-    ("trellis_linear", trellis_linear, reference.trellis_linear),
+    ("packed_linear", packed_linear, reference.packed_linear),
     ("linear", linear, reference.linear),
+    ("linears", linears, reference.linears),
 ):
     torch.library.impl(f"fewbit::{_name}", "CPU")(_native)
     torch.library.impl(f"fewbit::{_name}", "CompositeExplicitAutograd")(_reference)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from fewbit.formats.int4 import unpack_nibbles
 from fewbit.formats.trellis import TILE, from_stream, unpack_windows, window_values
 from fewbit.math.hadamard import unpack_signs
 
@@ -51,35 +52,49 @@ def rotate_quantize(
     return q.view(tokens, cols), scale, q.sum(2, dtype=torch.int32)
 
 
-def trellis_linear(
+def integer_weights(
+    codes: torch.Tensor, tables: torch.Tensor | None, rows: int, groups: int, bits: int, code: str
+) -> torch.Tensor:
+    """The integers that `codes` stand for, before any scale: `[N, K / group, group]`."""
+    cols = codes.shape[1] // (2 * bits)
+    if code == "nibbles":
+        return unpack_nibbles(codes, rows, groups).view(rows, groups, -1)
+    if tables is None:
+        raise ValueError("the trellis needs its tables, int8 [40]")
+    streams = codes.reshape(codes.shape[0] * groups, 2 * bits * cols // groups)
+    values = from_stream(window_values(tables)[unpack_windows(streams, bits)])
+    return values.view(codes.shape[0], groups, TILE, -1).transpose(1, 2).reshape(-1, groups, cols // groups)[:rows]
+
+
+def packed_linear(
     q: torch.Tensor,
     scale: torch.Tensor,
     sums: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
-    tables: torch.Tensor,
+    tables: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
+    code: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The product of quantized inputs with trellis weights, `[T, N]` in `dtype`.
+    """The product of quantized inputs with a packed matrix, `[T, N]` in `dtype`.
 
-    `q`, `scale`, `sums` as from `rotate_quantize`; `codes`, `scales`, `tensor_scale` and `tables` as the trellis
-    format stores them, `bias` float `[N]` or None. Per (token, row, group) the integer dot product is exact; it is
-    multiplied by `(scales * tensor_scale) * scale`, groups are added in order, the bias is added, all in float32.
-    `sums` is what native code needs and what this function does not.
+    `q`, `scale`, `sums` as from `rotate_quantize`; `codes`, `scales`, `tensor_scale` and, for the trellis, `tables` as
+    the format stores them: `code` is "trellis" (2, 3 or 4 bits) or "nibbles" (the int4 format). `bias` is float `[N]`
+    or None. Per (token, row, group) the integer dot product is exact; it is multiplied by
+    `(scales * tensor_scale) * scale`, groups are added in order, the bias is added, all in float32. `sums` is what
+    native code needs and what this function does not.
     """
     rows, groups = scales.shape
     tokens, cols = q.shape
     group = cols // groups
-    streams = codes.reshape(codes.shape[0] * groups, 2 * bits * group)
-    levels = from_stream(window_values(tables)[unpack_windows(streams, bits)])
-    levels = levels.view(codes.shape[0], groups, TILE, group).transpose(1, 2).reshape(-1, groups, group)[:rows]
+    weights = integer_weights(codes, tables, rows, groups, bits, code).double()
     weight_scale = scales.float() * tensor_scale.float()
     total = torch.zeros(tokens, rows, dtype=torch.float32, device=q.device)
     for g in range(groups):
-        dots = q[:, g * group : (g + 1) * group].double() @ levels[:, g].double().T
+        dots = q[:, g * group : (g + 1) * group].double() @ weights[:, g].T
         total = total + dots.float() * (weight_scale[:, g] * scale[:, g, None])
     if bias is not None:
         total = total + bias.float()
@@ -91,14 +106,32 @@ def linear(
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
-    tables: torch.Tensor,
+    tables: torch.Tensor | None,
     signs: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     block: int,
+    code: str = "trellis",
 ) -> torch.Tensor:
-    """`rotate_quantize`, then `trellis_linear`: inputs `[..., K]` to outputs `[..., N]` of the inputs' dtype."""
+    """`rotate_quantize`, then `packed_linear`: inputs `[..., K]` to outputs `[..., N]` of the inputs' dtype."""
     rows = x.reshape(-1, x.shape[-1])
     q, scale, sums = rotate_quantize(rows, signs, block, x.shape[-1] // scales.shape[1])
-    y = trellis_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, x.dtype)
+    y = packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, x.dtype)
     return y.view(*x.shape[:-1], scales.shape[0])
+
+
+def linears(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    tensor_scale: list[torch.Tensor],
+    tables: list[torch.Tensor | None],
+    signs: torch.Tensor | None,
+    bias: list[torch.Tensor | None],
+    bits: list[int],
+    block: int,
+    code: str = "trellis",
+) -> list[torch.Tensor]:
+    """`linear` with several matrices that read the same inputs, as q/k/v and gate/up do: one output each."""
+    matrices = zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
+    return [linear(x, c, s, t, table, signs, b, width, block, code) for c, s, t, table, b, width in matrices]

@@ -5,12 +5,16 @@ The kernels are registered in `fewbit.ops.cpu`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fewbit.math.hadamard import MAX_BLOCK, MIN_BLOCK
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 3, 4)
+CODES = ("trellis", "nibbles")
+_WIDTHS = {"trellis": "the trellis has 2, 3 or 4 bits", "nibbles": "nibbles have 4 bits"}
 ROW_GROUP = 16
 MAX_GROUP = 256
 
@@ -18,14 +22,19 @@ torch.library.define(
     "fewbit::rotate_quantize", "(Tensor x, Tensor? signs, int block, int group) -> (Tensor, Tensor, Tensor)"
 )
 torch.library.define(
-    "fewbit::trellis_linear",
-    "(Tensor q, Tensor scale, Tensor sums, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor tables, "
-    "Tensor? bias, int bits, ScalarType dtype) -> Tensor",
+    "fewbit::packed_linear",
+    "(Tensor q, Tensor scale, Tensor sums, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor? tables, "
+    "Tensor? bias, int bits, str code, ScalarType dtype) -> Tensor",
 )
 torch.library.define(
     "fewbit::linear",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor tables, Tensor? signs, Tensor? bias, "
-    "int bits, int block) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor? tables, Tensor? signs, Tensor? bias, "
+    "int bits, int block, str code='trellis') -> Tensor",
+)
+torch.library.define(
+    "fewbit::linears",
+    "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] tensor_scale, Tensor?[] tables, Tensor? signs, "
+    "Tensor?[] bias, int[] bits, int block, str code='trellis') -> Tensor[]",
 )
 
 
@@ -59,12 +68,14 @@ def check_weights(
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
-    tables: torch.Tensor,
+    tables: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
+    code: str,
 ) -> None:
-    """Raise `ValueError` unless these are the parts of a trellis matrix with `cols` inputs."""
-    require(bits in BITS, f"the trellis has 2, 3 or 4 bits, not {bits}")
+    """Raise `ValueError` unless these are the parts of a packed matrix with `cols` inputs."""
+    require(code in CODES, f"the code must be one of {', '.join(CODES)}, not '{code}'")
+    require(bits in BITS if code == "trellis" else bits == 4, f"{_WIDTHS[code]}, not {bits}")
     require(
         scales.dtype == torch.float16 and scales.dim() == 2 and 0 not in scales.shape,
         f"scales must be float16 [N, K / group], not {scales.dtype} {list(scales.shape)}",
@@ -77,9 +88,18 @@ def check_weights(
     )
     _require_tensor("codes", codes, (-(-rows // ROW_GROUP), 2 * bits * cols), torch.uint8)
     _require_tensor("tensor_scale", tensor_scale, (1,), torch.float32)
-    _require_tensor("tables", tables, (40,), torch.int8)
+    if tables is not None:
+        _require_tensor("tables", tables, (40,), torch.int8)
+    require(tables is not None or code == "nibbles", "the trellis needs its tables, int8 [40]")
     if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS):
         raise ValueError(f"bias must be float [{rows}], not {bias.dtype} {list(bias.shape)}")
+
+
+def check_lists(codes: list[torch.Tensor], *others: list[Any]) -> None:
+    """Raise `ValueError` unless there is at least one matrix and every list has an entry for each."""
+    require(len(codes) > 0, "linears needs at least one matrix")
+    for other in others:
+        require(len(other) == len(codes), f"{len(codes)} matrices, but a list has {len(other)} entries")
 
 
 def check_inputs(q: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor, groups: int) -> None:
@@ -103,20 +123,21 @@ def _rotate_quantize(
     )
 
 
-@torch.library.register_fake("fewbit::trellis_linear")
-def _trellis_linear(
+@torch.library.register_fake("fewbit::packed_linear")
+def _packed_linear(
     q: torch.Tensor,
     scale: torch.Tensor,
     sums: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
-    tables: torch.Tensor,
+    tables: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
+    code: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
+    check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
     check_inputs(q, scale, sums, scales.shape[1])
     return q.new_empty((q.shape[0], scales.shape[0]), dtype=dtype)
 
@@ -127,12 +148,31 @@ def _linear(
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
-    tables: torch.Tensor,
+    tables: torch.Tensor | None,
     signs: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     block: int,
+    code: str = "trellis",
 ) -> torch.Tensor:
-    check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits)
+    check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
     check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // scales.shape[1])
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+@torch.library.register_fake("fewbit::linears")
+def _linears(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    tensor_scale: list[torch.Tensor],
+    tables: list[torch.Tensor | None],
+    signs: torch.Tensor | None,
+    bias: list[torch.Tensor | None],
+    bits: list[int],
+    block: int,
+    code: str = "trellis",
+) -> list[torch.Tensor]:
+    check_lists(codes, scales, tensor_scale, tables, bias, bits)
+    matrices = zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
+    return [_linear(x, c, s, t, table, signs, b, width, block, code) for c, s, t, table, b, width in matrices]

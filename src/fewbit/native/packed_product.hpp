@@ -1,21 +1,33 @@
-// Products of quantized inputs with trellis weights: what does not depend on the instruction set.
+// Products of quantized inputs with packed weights: what does not depend on the instruction set.
 // Include inside an anonymous namespace only: every unit compiles its own copy with its own flags.
 //
 // A unit provides V with
 //   kBlock, kPanel            tokens and row groups of one register tile
-//   Decoder<K>(tables)        and its decode(codes, chunks, out): one row group in one scale group to bytes
-//                             [chunk][16 rows][4 columns]; it may read kSlack bytes around the codes
+//   Trellis<K>, Nibbles       decoders, made from the job's tables; decode(codes, chunks, out) turns one row group in
+//                             one scale group into bytes [chunk][16 rows][4 columns]; it may read kSlack bytes around
+//                             the codes
 //   tile<T>(...)              the integer sums of T tokens with a panel's bytes, scaled and added to `total`
 
+// Calls body with the decoder that the job's codes need.
+template <class V, class Body>
+inline void with_decoder(const ProductJob& job, const Body& body) {
+    if (job.code == Code::nibbles) return body(typename V::Nibbles(job.tables));
+    switch (job.bits) {
+        case 2: return body(typename V::template Trellis<2>(job.tables));
+        case 3: return body(typename V::template Trellis<3>(job.tables));
+        default: return body(typename V::template Trellis<4>(job.tables));
+    }
+}
+
 // Codes of a row group in scale group g: copied where reading around them would leave the tensor.
-template <int K>
 inline const uint8_t* group_codes(const ProductJob& job, int64_t row_group, int64_t g, ProductScratch& scratch) {
     const int64_t row_groups = (job.rows + kTileRows - 1) / kTileRows, groups = job.cols / job.group;
-    const uint8_t* codes = job.codes + row_group * 2 * K * job.cols + g * 2 * K * job.group;
+    const int64_t column = 2 * job.bits;
+    const uint8_t* codes = job.codes + (row_group * job.cols + g * job.group) * column;
     const int64_t index = row_group * groups + g, last = row_groups * groups - 1;
     // Groups are at least kSlack bytes, so only the first and the last have less than that around them.
     if (index != 0 && index != last) return codes;
-    __builtin_memcpy(scratch.edge + kSlack, codes, static_cast<size_t>(2 * K * job.group));
+    __builtin_memcpy(scratch.edge + kSlack, codes, static_cast<size_t>(column * job.group));
     return scratch.edge + kSlack;
 }
 
@@ -85,20 +97,19 @@ inline void multiply_tile(const ProductJob& job, const Tile& tile, int64_t token
     V::template tile<T>(job, tile);
 }
 
-template <class V, int K>
-void multiply_bits(const ProductJob& job, int64_t panel, ProductScratch& scratch) {
+template <class V, class Decoder>
+void multiply_panel(const ProductJob& job, int64_t panel, const Decoder& decoder, ProductScratch& scratch) {
     const int64_t row_groups = (job.rows + kTileRows - 1) / kTileRows, groups = job.cols / job.group;
     const int64_t row_group = panel * V::kPanel;
     const int count = row_groups - row_group < V::kPanel ? static_cast<int>(row_groups - row_group) : V::kPanel;
     constexpr int width = V::kPanel * kTileRows;
-    const typename V::template Decoder<K> decoder(job.tables);
     panel_scales(job, row_group, V::kPanel, scratch.scales);
     for (int64_t begin = 0; begin < job.tokens; begin += kTokenTile) {
         const int64_t end = job.tokens - begin < kTokenTile ? job.tokens : begin + kTokenTile;
         __builtin_memset(scratch.total, 0, static_cast<size_t>((end - begin) * width) * sizeof(float));
         for (int64_t g = 0; g < groups; ++g) {
             for (int p = 0; p < count; ++p)
-                decoder.decode(group_codes<K>(job, row_group + p, g, scratch), job.group / 4,
+                decoder.decode(group_codes(job, row_group + p, g, scratch), job.group / 4,
                                scratch.weights + p * kGroupWeights);
             for (int64_t token = begin; token < end; token += V::kBlock) {
                 const int64_t left = job.tokens - token, tokens = left < V::kBlock ? left : V::kBlock;
@@ -119,9 +130,5 @@ void multiply_bits(const ProductJob& job, int64_t panel, ProductScratch& scratch
 
 template <class V>
 void multiply(const ProductJob& job, int64_t panel, ProductScratch& scratch) {
-    switch (job.bits) {
-        case 2: return multiply_bits<V, 2>(job, panel, scratch);
-        case 3: return multiply_bits<V, 3>(job, panel, scratch);
-        default: return multiply_bits<V, 4>(job, panel, scratch);
-    }
+    with_decoder<V>(job, [&](const auto& decoder) { multiply_panel<V>(job, panel, decoder, scratch); });
 }
