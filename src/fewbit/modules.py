@@ -7,6 +7,7 @@ calls.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +17,28 @@ from fewbit.checkpoint.artifact import QuantizedModule
 from fewbit.formats import get_format
 from fewbit.math.hadamard import rotate, unpack_signs, unrotate
 from fewbit.ops.cpu import FLOATS
+from fewbit.ops.layouts import from_lanes, place
+from fewbit.ops.schemas import ROW_GROUP
 
 
 class PackedTensor(nn.Module):
-    """The stored parts of one weight matrix `[N, K]` as buffers."""
+    """The stored parts of one weight matrix `[N, K]` as buffers.
 
+    `place` may rearrange the codes for this machine; `parts`, the state dict and what is saved from it always show
+    them as stored.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    scale: torch.Tensor
+    tables: torch.Tensor
     signs: torch.Tensor
 
     def __init__(self, description: QuantizedModule) -> None:
         super().__init__()
         self.description = description
         self.spec = description.spec
+        self.code = self.spec.format
         self._part_names = tuple(description.layout())
         for name, (shape, dtype) in description.layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
@@ -42,8 +54,26 @@ class PackedTensor(nn.Module):
                 self._buffers[name] = before[name].to(moved.device)  # type: ignore[union-attr]
         return self
 
+    def place(self) -> None:
+        """Move the codes to where and how this machine multiplies them fastest; a second call changes nothing."""
+        if self.code == "trellis":
+            self.codes, self.code = place(self.codes, self.spec.bits, self.spec.group, self.code)
+
     def parts(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in self._part_names}
+        parts = {name: getattr(self, name) for name in self._part_names}
+        if self.code == "lanes":
+            parts["codes"] = from_lanes(self.codes, -(-self.spec.rows // ROW_GROUP), self.spec.bits)
+        return parts
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.code == "lanes":
+            destination[f"{prefix}codes"] = self.parts()["codes"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.code == "lanes":
+            self.codes, self.code = self.parts()["codes"], self.spec.format
+        super()._load_from_state_dict(*args, **kwargs)
 
     def rotated_weight(self) -> torch.Tensor:
         """`W'`, float32 `[N, K]`, on the inputs' rotated axes."""
@@ -73,6 +103,7 @@ class PackedTensor(nn.Module):
                 bias,
                 self.spec.bits,
                 self.spec.block,
+                self.code,
             )
         return nn.functional.linear(self.rotate_input(x), self.rotated_weight().to(x.dtype), bias)
 
@@ -110,10 +141,25 @@ class FewbitEmbedding(PackedTensor):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = get_format(self.spec.format).dequantize_rows(self.parts(), self.spec, unique)
+        rows = self.rotated_rows(unique)
         if self.spec.block > 1:
             rows = unrotate(rows, unpack_signs(self.signs, self.spec.cols), self.spec.block)
         return (rows * self.multiplier).to(self.dtype)[inverse]
+
+    def rotated_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (int64 `[n]`) of `W'`, float32 `[n, K]`."""
+        weight_format = get_format(self.spec.format)
+        if self.code != "lanes":
+            return weight_format.dequantize_rows(self.parts(), self.spec, rows)
+        # Only the row groups asked for are put back in order, two with each row of lanes.
+        groups = rows // ROW_GROUP
+        pairs = from_lanes(self.codes[groups // 2], 2 * rows.numel(), self.spec.bits)
+        codes = pairs[2 * torch.arange(rows.numel()) + groups % 2]
+        scales = self.scales[rows].repeat_interleave(ROW_GROUP, 0)
+        spec = replace(self.spec, rows=ROW_GROUP * rows.numel())
+        taken = {"scale": self.scale, "tables": self.tables, "codes": codes, "scales": scales}
+        values = weight_format.dequantize(taken, spec).view(rows.numel(), ROW_GROUP, self.spec.cols)
+        return values[torch.arange(rows.numel()), rows % ROW_GROUP]
 
 
 class TiedHead(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from fewbit.formats import get_format
 from fewbit.formats.trellis import load_tables
 from fewbit.math.hadamard import pack_signs, random_signs, rotate
-from fewbit.ops import cpu, reference
+from fewbit.ops import cpu, layouts, reference
 from fewbit.ops.extension import load_native
 
 native = load_native()
@@ -181,6 +181,35 @@ def test_several_matrices_in_one_call_give_what_each_gives_alone(sizes, tokens):
         assert torch.equal(y, ops.linear(x, **matrix))
 
 
+@needs_native
+@pytest.mark.parametrize("isa", native.available_isas() if native else [])
+@pytest.mark.parametrize(("rows", "cols", "bits"), [(1, 64, 3), (17, 192, 2), (40, 576, 4), (33, 1536, 3)])
+def test_lanes_multiply_like_the_stored_layout(isa, rows, cols, bits):
+    weights = _matrix(rows, cols, bits)
+    lanes = {**weights, "codes": layouts.to_lanes(weights["codes"], bits), "code": "lanes"}
+    before = native.isa()
+    native.select_isa(isa)
+    try:
+        for tokens in (0, 1, 4, 5, 13):
+            x = _inputs(tokens, cols)
+            assert torch.equal(ops.linear(x, **lanes), ops.linear(x, **weights))
+    finally:
+        native.select_isa(before)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_placed_codes_are_the_stored_ones_or_their_lanes(rows, bits):
+    codes = _matrix(rows, 1536, bits)["codes"]
+    placed, code = layouts.place(codes, bits, 256, "trellis")
+    assert torch.equal(placed, layouts.to_lanes(codes, bits) if code == "lanes" else codes)
+    assert torch.equal(layouts.from_lanes(layouts.to_lanes(codes, bits), codes.shape[0], bits), codes)
+    lanes = native.huge_bytes(2 * codes.shape[1] * -(-codes.shape[0] // 2)).view(-1, 2 * codes.shape[1])
+    native.place(codes, lanes, bits)
+    assert torch.equal(lanes, layouts.to_lanes(codes, bits))
+
+
 def test_lists_of_different_lengths_are_refused():
     weights = _matrix(20, 192)
     lists = {name: [weights[name]] * 2 for name in ("codes", "scales", "tensor_scale", "tables", "bias", "bits")}
@@ -251,7 +280,7 @@ def test_a_compiled_graph_gives_the_eager_result():
     [
         ({"bits": 5}, "2, 3 or 4 bits, not 5"),
         ({"code": "nibbles"}, "nibbles have 4 bits, not 3"),
-        ({"code": "huffman"}, "the code must be one of trellis, nibbles, not 'huffman'"),
+        ({"code": "huffman"}, "the code must be one of trellis, lanes, nibbles, not 'huffman'"),
         ({"tables": None}, "the trellis needs its tables"),
         ({"block": 48}, "block must be 32, 64, 128 or 256, not 48"),
         ({"block": 256}, "multiple of the block 256"),

@@ -78,6 +78,7 @@ class FewbitQuantizer(HfQuantizer):
                             f"{name}.{part} arrived as {tensor.dtype} {tuple(tensor.shape)} instead of "
                             f"{dtype} {tuple(shape)}; run: fewbit verify on the checkpoint"
                         )
+                module.place()
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

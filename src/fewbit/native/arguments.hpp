@@ -48,7 +48,8 @@ inline void require_group(int64_t group) {
 
 inline int64_t row_groups(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
-// Adds the kernels of inference to the module.
+// Parts of the module.
 void bind_product(nb::module_& m);
+void bind_memory(nb::module_& m);
 
 }  // namespace fewbit

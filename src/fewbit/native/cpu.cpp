@@ -23,13 +23,14 @@ uint64_t saved_states() {
 
 struct Features {
     unsigned ebx = 0, ecx = 0;
-    bool half_floats;
+    bool half_floats, vnni;                       // vnni: on 256 bits without AVX-512
     uint64_t states = saved_states();
 
     Features() {
         unsigned a, b, c, d;
         half_floats = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
         if (!__get_cpuid_count(7, 0, &a, &ebx, &ecx, &d)) ebx = ecx = 0;
+        vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
     }
 
     bool has(unsigned in_ebx, unsigned in_ecx, uint64_t in_states) const {
@@ -46,6 +47,9 @@ std::vector<const Kernels*> usable() {
 #endif
 #ifdef FEWBIT_HAVE_AVX2
     if (cpu.has(bit_AVX2, 0, ymm) && cpu.half_floats) found.push_back(&kAvx2Kernels);
+#endif
+#ifdef FEWBIT_HAVE_AVXVNNI
+    if (cpu.has(bit_AVX2, 0, ymm) && cpu.half_floats && cpu.vnni) found.push_back(&kAvxVnniKernels);
 #endif
 #ifdef FEWBIT_HAVE_AVX512
     constexpr unsigned in_ebx = bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;

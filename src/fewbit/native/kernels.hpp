@@ -81,6 +81,9 @@ extern const Kernels kPortableKernels;
 #ifdef FEWBIT_HAVE_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
+#ifdef FEWBIT_HAVE_AVXVNNI
+extern const Kernels kAvxVnniKernels;
+#endif
 #ifdef FEWBIT_HAVE_AVX512
 extern const Kernels kAvx512Kernels;
 #endif

@@ -142,4 +142,5 @@ NB_MODULE(_native, m) {
     m.def("trellis_dequantize", &dequantize, "codes"_a.noconvert(), "scales"_a.noconvert(), "tables"_a.noconvert(),
           "bits"_a, "group"_a, "out"_a.noconvert(), "Fill out float32 [N, K] with the weights that codes stand for.");
     bind_product(m);
+    bind_memory(m);
 }

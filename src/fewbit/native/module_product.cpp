@@ -137,20 +137,28 @@ void multiply(std::vector<ProductJob> jobs) {
     for (const ProductJob& job : jobs) rows += job.rows;
     const int threads = threads_for(tokens * rows * cols, kWorkOfAThread);
     Scratches scratch(threads, cols / jobs[0].group * kMaxPanel * kTileRows);
-    const bool few = tokens <= use.few;
+    const bool lanes = jobs[0].code == Code::lanes, few = !lanes && tokens <= use.few;
+    const PanelKernels& panels = lanes ? use.lanes : use.panels;
     std::unique_ptr<int8_t[]> packed;
     if (!few) {
-        packed.reset(new int8_t[static_cast<size_t>(tokens * cols)]);
+        packed.reset(new int8_t[static_cast<size_t>(tokens * cols * panels.bytes)]);
         for (ProductJob& job : jobs) job.packed = packed.get();
-        run(threads_for(tokens * cols, kTokenWork), (tokens + use.block - 1) / use.block,
-            [&](int64_t block, int) { use.pack(jobs[0], block); });
+        run(threads_for(tokens * cols, kTokenWork), (tokens + panels.block - 1) / panels.block,
+            [&](int64_t block, int) { panels.pack(jobs[0], block); });
     }
-    const Units units(jobs, few ? 1 : use.panel);
+    const Units units(jobs, few ? 1 : panels.panel);
     run(threads, units.count(), [&](int64_t unit, int worker) {
         units.at(unit, [&](const ProductJob& job, int64_t index) {
-            (few ? use.multiply_few : use.multiply)(job, index, scratch[worker]);
+            (few ? use.multiply_few : panels.multiply)(job, index, scratch[worker]);
         });
     });
+}
+
+Code code_of(const std::string& name) {
+    if (name == "lanes") return Code::lanes;
+    if (name == "nibbles") return Code::nibbles;
+    require(name == "trellis", "the code must be trellis, lanes or nibbles, not " + name);
+    return Code::trellis;
 }
 
 // A packed matrix as Python gives it: its parts, checked once and kept alive.
@@ -163,16 +171,22 @@ public:
         require_bits(bits);
         const int64_t groups = static_cast<int64_t>(scales_.shape(1));
         job_.rows = static_cast<int64_t>(scales_.shape(0));
-        job_.cols = static_cast<int64_t>(codes_.shape(1)) / (2 * bits);
+        job_.code = code_of(code);
+        const bool lanes = job_.code == Code::lanes;
+        job_.cols = static_cast<int64_t>(codes_.shape(1)) / (2 * bits) / (lanes ? 2 : 1);
         require(groups > 0 && job_.cols % groups == 0, "scales must be [N, K / group]");
         const int64_t group = job_.cols / groups;
         require_group(group);
         require(group % 32 == 0, "a scale group is a multiple of 32 columns here, not " + std::to_string(group));
-        require_shape("codes", codes_, row_groups(job_.rows), 2 * bits * job_.cols);
-        require(code == "trellis" || code == "nibbles", "the code must be trellis or nibbles, not " + code);
-        job_.code = code == "trellis" ? Code::trellis : Code::nibbles;
-        require(job_.code == Code::trellis ? tables_.has_value() : bits == 4,
-                job_.code == Code::trellis ? "the trellis needs its tables" : "nibbles have 4 bits");
+        if (lanes) {
+            require(kernels().product->lanes.multiply != nullptr, "the instruction set in use has no lanes");
+            require(group % kLaneCols == 0, "lanes need scale groups that are a multiple of 64 columns");
+            require_shape("codes", codes_, (row_groups(job_.rows) + 1) / 2, 4 * bits * job_.cols);
+        } else {
+            require_shape("codes", codes_, row_groups(job_.rows), 2 * bits * job_.cols);
+        }
+        require(job_.code == Code::nibbles ? bits == 4 : tables_.has_value(),
+                job_.code == Code::nibbles ? "nibbles have 4 bits" : "the trellis needs its tables");
         if (tables_) require_tables(*tables_);
         if (bias_) require_length("bias", *bias_, job_.rows);
         job_.codes = codes_.data();

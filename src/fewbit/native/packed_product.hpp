@@ -2,16 +2,21 @@
 // Include inside an anonymous namespace only: every unit compiles its own copy with its own flags.
 //
 // A unit provides V with
+//   kCode                     Code::trellis for all canonical codes, or Code::lanes
 //   kBlock, kPanel            tokens and row groups of one register tile
+//   kPacked                   bytes of a packed input
 //   Trellis<K>, Nibbles       decoders, made from the job's tables; decode(codes, chunks, out) turns one row group in
 //                             one scale group into bytes [chunk][16 rows][4 columns]; it may read kSlack bytes around
 //                             the codes
+//   decode(...)               a panel of row groups in one scale group; decode_row_groups will do
 //   tile<T>(...)              the integer sums of T tokens with a panel's bytes, scaled and added to `total`
 
 // Calls body with the decoder that the job's codes need.
 template <class V, class Body>
 inline void with_decoder(const ProductJob& job, const Body& body) {
-    if (job.code == Code::nibbles) return body(typename V::Nibbles(job.tables));
+    if constexpr (V::kCode == Code::trellis) {
+        if (job.code == Code::nibbles) return body(typename V::Nibbles(job.tables));
+    }
     switch (job.bits) {
         case 2: return body(typename V::template Trellis<2>(job.tables));
         case 3: return body(typename V::template Trellis<3>(job.tables));
@@ -89,6 +94,14 @@ struct Tile {
     int64_t token, g;
 };
 
+// The row groups of a panel one by one, each into kGroupWeights bytes.
+template <class Decoder>
+inline void decode_row_groups(const ProductJob& job, int64_t row_group, int count, int64_t g, const Decoder& decoder,
+                              ProductScratch& scratch) {
+    for (int p = 0; p < count; ++p)
+        decoder.decode(group_codes(job, row_group + p, g, scratch), job.group / 4, scratch.weights + p * kGroupWeights);
+}
+
 template <class V, int T = V::kBlock>
 inline void multiply_tile(const ProductJob& job, const Tile& tile, int64_t tokens) {
     if constexpr (T > 1) {
@@ -108,13 +121,11 @@ void multiply_panel(const ProductJob& job, int64_t panel, const Decoder& decoder
         const int64_t end = job.tokens - begin < kTokenTile ? job.tokens : begin + kTokenTile;
         __builtin_memset(scratch.total, 0, static_cast<size_t>((end - begin) * width) * sizeof(float));
         for (int64_t g = 0; g < groups; ++g) {
-            for (int p = 0; p < count; ++p)
-                decoder.decode(group_codes(job, row_group + p, g, scratch), job.group / 4,
-                               scratch.weights + p * kGroupWeights);
+            V::decode(job, row_group, count, g, decoder, scratch);
             for (int64_t token = begin; token < end; token += V::kBlock) {
                 const int64_t left = job.tokens - token, tokens = left < V::kBlock ? left : V::kBlock;
                 const Tile tile{scratch.weights,
-                                job.packed + token * job.cols + g * job.group * tokens,
+                                job.packed + (token * job.cols + g * job.group * tokens) * V::kPacked,
                                 scratch.scales + g * width,
                                 scratch.total + (token - begin) * width,
                                 token,
@@ -131,4 +142,10 @@ void multiply_panel(const ProductJob& job, int64_t panel, const Decoder& decoder
 template <class V>
 void multiply(const ProductJob& job, int64_t panel, ProductScratch& scratch) {
     with_decoder<V>(job, [&](const auto& decoder) { multiply_panel<V>(job, panel, decoder, scratch); });
+}
+
+// What V offers as kernels, with its own way of packing or the common one.
+template <class V>
+constexpr PanelKernels panel_kernels(void (*pack)(const ProductJob&, int64_t) = pack_tokens<V>) {
+    return {V::kBlock, V::kPacked, V::kPanel, pack, multiply<V>};
 }

@@ -12,6 +12,7 @@ namespace fewbit {
 constexpr int kMaxPanel = 2;                                  // row groups that a product handles together
 constexpr int kTokenTile = 384;                               // tokens whose sums stay near the core
 constexpr int kGroupWeights = kTileRows * kMaxGroup;          // weights of a row group in one scale group
+constexpr int kLaneCols = 64;                                 // columns whose chunks stand side by side in lanes
 constexpr int kSlack = 64;                                    // bytes around a group's codes that kernels may read
 constexpr float kQuantMax = 127.0f;
 constexpr float kSmallest = 1e-30f;                           // groups with less than this count as zero
@@ -32,6 +33,7 @@ struct RotateJob {
 // What the codes of a matrix mean. All take 2 * bits * cols bytes per row group and start anew in every scale group.
 enum class Code {
     trellis,                                                  // the canonical stream
+    lanes,                                                    // the trellis, its bytes rearranged: see product_ymm.hpp
     nibbles,                                                  // 4 bits, value + 8
 };
 
@@ -51,7 +53,7 @@ struct ProductJob {
     int group;                                                // a multiple of 32, at most kMaxGroup
     int bits;
     Code code;
-    int8_t* packed;                                           // [tokens, cols] for `pack`; unused for few tokens
+    int8_t* packed;                                           // [tokens, cols, bytes] for `pack`
 };
 
 // What one thread needs while it multiplies.
@@ -62,21 +64,28 @@ struct alignas(64) ProductScratch {
     uint16_t* scales;                                         // [cols / group, panel, 16]
 };
 
+// Products that pack blocks of `block` tokens first, `bytes` for each input, then work on panels of `panel` row groups.
+struct PanelKernels {
+    int block, bytes, panel;
+    void (*pack)(const ProductJob& job, int64_t block);
+    void (*multiply)(const ProductJob& job, int64_t panel, ProductScratch& scratch);
+};
+
 struct ProductKernels {
     void (*rotate_quantize)(const RotateJob& job, int64_t token);
-    // Products of at most `few` tokens read q itself, work on one row group and need no packing.
+    // Products of at most `few` tokens may read q itself, work on one row group and need no packing.
     int few;
     void (*multiply_few)(const ProductJob& job, int64_t row_group, ProductScratch& scratch);
-    // All others pack blocks of `block` tokens first, then work on panels of `panel` row groups.
-    int block;
-    void (*pack)(const ProductJob& job, int64_t block);
-    int panel;
-    void (*multiply)(const ProductJob& job, int64_t panel, ProductScratch& scratch);
+    PanelKernels panels;
+    PanelKernels lanes;                                       // for Code::lanes; empty where nothing is gained by it
 };
 
 extern const ProductKernels kPortableProduct;
 #ifdef FEWBIT_HAVE_AVX2
 extern const ProductKernels kAvx2Product;
+#endif
+#ifdef FEWBIT_HAVE_AVXVNNI
+extern const ProductKernels kAvxVnniProduct;
 #endif
 #ifdef FEWBIT_HAVE_AVX512
 extern const ProductKernels kAvx512Product;

@@ -148,12 +148,19 @@ struct NibbleChunks {
 };
 
 struct Wide {
-    static constexpr int kBlock = 12, kPanel = 2, kFew = 8;
+    static constexpr Code kCode = Code::trellis;
+    static constexpr int kBlock = 12, kPanel = 2, kPacked = 1, kFew = 8;
     static constexpr int kOrigin = 128;           // of decoded bytes
 
     template <int K>
     using Trellis = TrellisChunks<K>;
     using Nibbles = NibbleChunks;
+
+    template <class Decoder>
+    static void decode(const ProductJob& job, int64_t row_group, int count, int64_t g, const Decoder& decoder,
+                       ProductScratch& scratch) {
+        decode_row_groups(job, row_group, count, g, decoder, scratch);
+    }
 
     template <int T>
     static void tile(const ProductJob& job, const Tile& tile) {
@@ -261,7 +268,6 @@ void multiply_few(const ProductJob& job, int64_t row_group, ProductScratch& scra
 
 }  // namespace
 
-const ProductKernels kAvx512Product = {rotate_quantize<Rotation>, Wide::kFew, multiply_few, Wide::kBlock,
-                                       pack_tokens<Wide>, Wide::kPanel, multiply<Wide>};
+const ProductKernels kAvx512Product = {rotate_quantize<Rotation>, Wide::kFew, multiply_few, panel_kernels<Wide>(), {}};
 
 }  // namespace fewbit

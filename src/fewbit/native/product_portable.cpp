@@ -115,7 +115,8 @@ inline float half_to_float(uint16_t half) {
 }
 
 struct Plain {
-    static constexpr int kBlock = 4, kPanel = 1;
+    static constexpr Code kCode = Code::trellis;
+    static constexpr int kBlock = 4, kPanel = 1, kPacked = 1;
 
     template <int K>
     struct Trellis {
@@ -156,6 +157,12 @@ struct Plain {
         }
     };
 
+    template <class Decoder>
+    static void decode(const ProductJob& job, int64_t row_group, int count, int64_t g, const Decoder& decoder,
+                       ProductScratch& scratch) {
+        decode_row_groups(job, row_group, count, g, decoder, scratch);
+    }
+
     template <int T>
     static void tile(const ProductJob& job, const Tile& tile) {
         int32_t dots[T][kTileRows] = {};
@@ -178,7 +185,6 @@ struct Plain {
 
 }  // namespace
 
-const ProductKernels kPortableProduct = {rotate_quantize<Rotation>, 0, nullptr, Plain::kBlock, pack_tokens<Plain>,
-                                         Plain::kPanel, multiply<Plain>};
+const ProductKernels kPortableProduct = {rotate_quantize<Rotation>, 0, nullptr, panel_kernels<Plain>(), {}};
 
 }  // namespace fewbit

@@ -12,6 +12,7 @@ import torch
 
 from fewbit.ops import reference, schemas
 from fewbit.ops.extension import load_native
+from fewbit.ops.layouts import from_lanes
 from fewbit.ops.schemas import FLOATS as FLOATS
 
 NATIVE_FLOATS = (torch.float32, torch.bfloat16)
@@ -125,6 +126,8 @@ def _matrix(
     code: str,
 ) -> Any:
     """The parts of a packed matrix as native code takes them."""
+    if code == "lanes" and not native.has_lanes():  # rearranged for another instruction set
+        codes, code = from_lanes(codes, -(-scales.shape[0] // schemas.ROW_GROUP), bits), "trellis"
     return native.Matrix(
         codes.contiguous(),
         _bits(scales.contiguous()),

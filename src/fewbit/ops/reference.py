@@ -10,6 +10,7 @@ import torch
 from fewbit.formats.int4 import unpack_nibbles
 from fewbit.formats.trellis import TILE, from_stream, unpack_windows, window_values
 from fewbit.math.hadamard import unpack_signs
+from fewbit.ops.layouts import from_lanes
 
 QMAX = 127
 SMALLEST = 1e-30  # groups whose largest magnitude is below this count as zero
@@ -56,6 +57,8 @@ def integer_weights(
     codes: torch.Tensor, tables: torch.Tensor | None, rows: int, groups: int, bits: int, code: str
 ) -> torch.Tensor:
     """The integers that `codes` stand for, before any scale: `[N, K / group, group]`."""
+    if code == "lanes":
+        codes = from_lanes(codes, -(-rows // TILE), bits)
     cols = codes.shape[1] // (2 * bits)
     if code == "nibbles":
         return unpack_nibbles(codes, rows, groups).view(rows, groups, -1)
@@ -82,10 +85,10 @@ def packed_linear(
     """The product of quantized inputs with a packed matrix, `[T, N]` in `dtype`.
 
     `q`, `scale`, `sums` as from `rotate_quantize`; `codes`, `scales`, `tensor_scale` and, for the trellis, `tables` as
-    the format stores them: `code` is "trellis" (2, 3 or 4 bits) or "nibbles" (the int4 format). `bias` is float `[N]`
-    or None. Per (token, row, group) the integer dot product is exact; it is multiplied by
-    `(scales * tensor_scale) * scale`, groups are added in order, the bias is added, all in float32. `sums` is what
-    native code needs and what this function does not.
+    the format stores them: `code` is "trellis" (2, 3 or 4 bits), "lanes" (the same, rearranged: ops/layouts.py) or
+    "nibbles" (the int4 format). `bias` is float `[N]` or None. Per (token, row, group) the integer dot product is
+    exact; it is multiplied by `(scales * tensor_scale) * scale`, groups are added in order, the bias is added, all in
+    float32. `sums` is what native code needs and what this function does not.
     """
     rows, groups = scales.shape
     tokens, cols = q.shape

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from fewbit.math.hadamard import MAX_BLOCK, MIN_BLOCK
+from fewbit.ops.layouts import LANE_COLS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 3, 4)
-CODES = ("trellis", "nibbles")
-_WIDTHS = {"trellis": "the trellis has 2, 3 or 4 bits", "nibbles": "nibbles have 4 bits"}
+CODES = ("trellis", "lanes", "nibbles")
+_WIDTHS = {code: "nibbles have 4 bits" if code == "nibbles" else "the trellis has 2, 3 or 4 bits" for code in CODES}
 ROW_GROUP = 16
 MAX_GROUP = 256
 
@@ -75,7 +76,7 @@ def check_weights(
 ) -> None:
     """Raise `ValueError` unless these are the parts of a packed matrix with `cols` inputs."""
     require(code in CODES, f"the code must be one of {', '.join(CODES)}, not '{code}'")
-    require(bits in BITS if code == "trellis" else bits == 4, f"{_WIDTHS[code]}, not {bits}")
+    require(bits == 4 if code == "nibbles" else bits in BITS, f"{_WIDTHS[code]}, not {bits}")
     require(
         scales.dtype == torch.float16 and scales.dim() == 2 and 0 not in scales.shape,
         f"scales must be float16 [N, K / group], not {scales.dtype} {list(scales.shape)}",
@@ -86,7 +87,10 @@ def check_weights(
         cols == group * groups and group % MIN_BLOCK == 0 and 0 < group <= MAX_GROUP,
         f"{cols} inputs in {groups} scale groups: a group is a multiple of {MIN_BLOCK} up to {MAX_GROUP} columns",
     )
-    _require_tensor("codes", codes, (-(-rows // ROW_GROUP), 2 * bits * cols), torch.uint8)
+    row_groups = 2 if code == "lanes" else 1  # in a row of codes
+    require(code != "lanes" or group % LANE_COLS == 0, f"lanes need scale groups of {LANE_COLS} n columns, not {group}")
+    shape = (-(-rows // (row_groups * ROW_GROUP)), row_groups * 2 * bits * cols)
+    _require_tensor("codes", codes, shape, torch.uint8)
     _require_tensor("tensor_scale", tensor_scale, (1,), torch.float32)
     if tables is not None:
         _require_tensor("tables", tables, (40,), torch.int8)

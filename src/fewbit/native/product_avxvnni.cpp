@@ -1,0 +1,30 @@
+// AVX2 with AVX-VNNI: client processors without AVX-512.
+#include <immintrin.h>
+
+#include <utility>
+
+#include "product.hpp"
+
+namespace fewbit {
+namespace {
+
+#include "rotate_quantize.hpp"
+#include "packed_product.hpp"
+#include "product_ymm.hpp"
+
+struct Dots {
+    static constexpr bool kWholeBytes = true;
+
+    static __m256i accumulate(__m256i sums, __m256i u, __m256i s) { return _mm256_dpbusd_avx_epi32(sums, u, s); }
+};
+
+}  // namespace
+
+const ProductKernels kAvxVnniProduct = {kAvx2Product.rotate_quantize, 0, nullptr, panel_kernels<Narrow<Dots>>(),
+                                        panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack)};
+
+// Encoding gains nothing from VNNI.
+const Kernels kAvxVnniKernels = {"avxvnni", kAvx2Kernels.encode_stream, kAvx2Kernels.encode_row_group,
+                                 kAvx2Kernels.decode_row_group, &kAvxVnniProduct};
+
+}  // namespace fewbit
