@@ -62,7 +62,7 @@ class PackedTensor(nn.Module):
     def parts(self) -> dict[str, torch.Tensor]:
         parts = {name: getattr(self, name) for name in self._part_names}
         if self.code == "lanes":
-            parts["codes"] = from_lanes(self.codes, -(-self.spec.rows // ROW_GROUP), self.spec.bits)
+            parts["codes"] = from_lanes(self.codes, -(-self.spec.rows // ROW_GROUP), self.spec.cols, self.spec.bits)
         return parts
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -151,10 +151,10 @@ class FewbitEmbedding(PackedTensor):
         weight_format = get_format(self.spec.format)
         if self.code != "lanes":
             return weight_format.dequantize_rows(self.parts(), self.spec, rows)
-        # Only the row groups asked for are put back in order, two with each row of lanes.
-        groups = rows // ROW_GROUP
-        pairs = from_lanes(self.codes[groups // 2], 2 * rows.numel(), self.spec.bits)
-        codes = pairs[2 * torch.arange(rows.numel()) + groups % 2]
+        # Only the row groups asked for are put back in order, with those that stand beside them.
+        groups, beside = rows // ROW_GROUP, self.codes.shape[1] // (2 * self.spec.bits * self.spec.cols)
+        several = from_lanes(self.codes[groups // beside], beside * rows.numel(), self.spec.cols, self.spec.bits)
+        codes = several[beside * torch.arange(rows.numel()) + groups % beside]
         scales = self.scales[rows].repeat_interleave(ROW_GROUP, 0)
         spec = replace(self.spec, rows=ROW_GROUP * rows.numel())
         taken = {"scale": self.scale, "tables": self.tables, "codes": codes, "scales": scales}

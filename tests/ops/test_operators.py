@@ -183,14 +183,15 @@ def test_several_matrices_in_one_call_give_what_each_gives_alone(sizes, tokens):
 
 @needs_native
 @pytest.mark.parametrize("isa", native.available_isas() if native else [])
-@pytest.mark.parametrize(("rows", "cols", "bits"), [(1, 64, 3), (17, 192, 2), (40, 576, 4), (33, 1536, 3)])
-def test_lanes_multiply_like_the_stored_layout(isa, rows, cols, bits):
+@pytest.mark.parametrize("beside", [2, 4])
+@pytest.mark.parametrize(("rows", "cols", "bits"), [(1, 64, 3), (17, 192, 2), (100, 576, 4), (65, 1536, 3)])
+def test_lanes_multiply_like_the_stored_layout(isa, rows, cols, bits, beside):
     weights = _matrix(rows, cols, bits)
-    lanes = {**weights, "codes": layouts.to_lanes(weights["codes"], bits), "code": "lanes"}
+    lanes = {**weights, "codes": layouts.to_lanes(weights["codes"], bits, beside), "code": "lanes"}
     before = native.isa()
     native.select_isa(isa)
     try:
-        for tokens in (0, 1, 4, 5, 13):
+        for tokens in (0, 1, 3, 5, 8, 13):
             x = _inputs(tokens, cols)
             assert torch.equal(ops.linear(x, **lanes), ops.linear(x, **weights))
     finally:
@@ -198,16 +199,19 @@ def test_lanes_multiply_like_the_stored_layout(isa, rows, cols, bits):
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("beside", [2, 4])
+@pytest.mark.parametrize("rows", [1, 16, 40, 100])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_placed_codes_are_the_stored_ones_or_their_lanes(rows, bits):
+def test_native_lanes_are_the_specified_ones_and_turn_back(rows, bits, beside):
     codes = _matrix(rows, 1536, bits)["codes"]
-    placed, code = layouts.place(codes, bits, 256, "trellis")
-    assert torch.equal(placed, layouts.to_lanes(codes, bits) if code == "lanes" else codes)
-    assert torch.equal(layouts.from_lanes(layouts.to_lanes(codes, bits), codes.shape[0], bits), codes)
-    lanes = native.huge_bytes(2 * codes.shape[1] * -(-codes.shape[0] // 2)).view(-1, 2 * codes.shape[1])
-    native.place(codes, lanes, bits)
-    assert torch.equal(lanes, layouts.to_lanes(codes, bits))
+    lanes = layouts.to_lanes(codes, bits, beside)
+    found = native.huge_bytes(lanes.numel()).view(lanes.shape)
+    native.place(codes, found, bits, beside)
+    assert torch.equal(found, lanes)
+    assert torch.equal(layouts.from_lanes(lanes, codes.shape[0], 1536, bits), codes)
+    copy = torch.empty_like(codes)
+    native.place(codes, copy, bits, 1)
+    assert torch.equal(copy, codes)
 
 
 def test_lists_of_different_lengths_are_refused():

@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "kernels.hpp"
+#include "product.hpp"
 #include "threads.hpp"
 
 namespace fewbit {
@@ -41,19 +41,18 @@ void copy_bytes(const uint8_t* from, uint8_t* to, int64_t bytes) {
     });
 }
 
-void trellis_to_lanes(const uint8_t* from, uint8_t* to, int64_t row_groups, int64_t cols, int bits) {
-    constexpr int chunks = 16;                    // of a row group in 64 columns
-    const int64_t size = 2 * bits * cols, unit_bytes = chunks * 8 * bits;
-    parallel_for(num_threads(), (row_groups + 1) / 2, [&](int64_t pair, int) {
-        for (int half = 0; half < 2; ++half) {
-            const int64_t row_group = 2 * pair + half;
-            for (int64_t unit = 0; unit < size / unit_bytes; ++unit) {
-                uint8_t* out = to + (pair * size + unit * unit_bytes) * 2 + half * chunks;
-                const uint8_t* in = from + row_group * size + unit * unit_bytes;
-                for (int byte = 0; byte < 8 * bits; ++byte, out += 2 * chunks)
-                    for (int chunk = 0; chunk < chunks; ++chunk)
-                        out[chunk] = row_group < row_groups ? in[chunk * 8 * bits + byte] : 0;
-            }
+void trellis_to_lanes(const LanesJob& job) {
+    const int bytes = 8 * job.bits, stride = job.lane_groups * kLaneChunks;
+    const int64_t units = job.size / (bytes * kLaneChunks);
+    parallel_for(num_threads(), (job.rows + job.lane_groups - 1) / job.lane_groups, [&](int64_t panel, int) {
+        for (int lane = 0; lane < job.lane_groups; ++lane) {
+            const int64_t row = panel * job.lane_groups + lane;
+            const uint8_t* in = job.from + row * job.size;
+            uint8_t* out = job.to + panel * job.lane_groups * job.size + lane * kLaneChunks;
+            for (int64_t unit = 0; unit < units; ++unit, in += bytes * kLaneChunks)
+                for (int byte = 0; byte < bytes; ++byte, out += stride)
+                    for (int chunk = 0; chunk < kLaneChunks; ++chunk)
+                        out[chunk] = row < job.rows ? in[chunk * bytes + byte] : 0;
         }
     });
 }

@@ -11,7 +11,13 @@ uint8_t* allocate_huge(size_t bytes);
 
 void copy_bytes(const uint8_t* from, uint8_t* to, int64_t bytes);
 
-// Trellis codes [row_groups, 2 bits cols] as lanes [ceil(row_groups / 2), 4 bits cols]: see ops/layouts.py.
-void trellis_to_lanes(const uint8_t* from, uint8_t* to, int64_t row_groups, int64_t cols, int bits);
+// Trellis codes [rows, size], a row group each, to lanes [ceil(rows / lane_groups), lane_groups * size]: see lanes.hpp.
+struct LanesJob {
+    const uint8_t* from;
+    uint8_t* to;
+    int64_t rows, size;
+    int bits, lane_groups;
+};
+void trellis_to_lanes(const LanesJob& job);
 
 }  // namespace fewbit

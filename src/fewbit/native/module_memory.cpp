@@ -21,28 +21,25 @@ Bytes huge_bytes(int64_t count) {
     return Bytes(memory, 1, shape, nb::capsule(memory, [](void* p) noexcept { std::free(p); }));
 }
 
-void place(const Array<const uint8_t, 2>& codes, const Array<uint8_t, 2>& out, int lane_bits) {
+void place(const Array<const uint8_t, 2>& codes, const Array<uint8_t, 2>& out, int bits, int lane_groups) {
     const int64_t rows = static_cast<int64_t>(codes.shape(0)), size = static_cast<int64_t>(codes.shape(1));
-    if (lane_bits == 0) {
-        require_shape("out", out, rows, size);
-    } else {
-        require_bits(lane_bits);
-        require(size % (2 * lane_bits * kLaneCols) == 0, "lanes need a multiple of 64 columns");
-        require_shape("out", out, (rows + 1) / 2, 2 * size);
-    }
+    require_bits(bits);
+    require(lane_groups >= 1 && lane_groups <= kMaxLaneGroups, "lanes hold at most 4 row groups");
+    require(lane_groups == 1 || size % (2 * bits * kLaneCols) == 0, "lanes need a multiple of 64 columns");
+    require_shape("out", out, (rows + lane_groups - 1) / lane_groups, lane_groups * size);
     nb::gil_scoped_release release;
-    if (lane_bits == 0) copy_bytes(codes.data(), out.data(), rows * size);
-    else trellis_to_lanes(codes.data(), out.data(), rows, size / (2 * lane_bits), lane_bits);
+    if (lane_groups == 1) copy_bytes(codes.data(), out.data(), rows * size);
+    else trellis_to_lanes({codes.data(), out.data(), rows, size, bits, lane_groups});
 }
 
 }  // namespace
 
 void bind_memory(nb::module_& m) {
     m.def("huge_bytes", &huge_bytes, "count"_a, "A new uint8 tensor of `count` bytes, in huge pages where there are any.");
-    m.def("place", &place, "codes"_a.noconvert(), "out"_a.noconvert(), "lane_bits"_a,
-          "Copy codes uint8 [R, B] into out with all threads: as they are (lane_bits 0) or as lanes of 2, 3 or 4 bits.");
-    m.def("has_lanes", [] { return kernels().product->lanes.multiply != nullptr; },
-          "Whether the instruction set in use multiplies trellis codes in lanes.");
+    m.def("place", &place, "codes"_a.noconvert(), "out"_a.noconvert(), "bits"_a, "lane_groups"_a,
+          "Copy codes uint8 [R, B] into out with all threads: as they are (lane_groups 1) or as lanes of 2 or 4 row groups.");
+    m.def("lane_groups", [] { return kernels().product->lanes.multiply ? kernels().product->lanes.panel : 1; },
+          "Row groups side by side in the lanes that the instruction set in use multiplies fastest; 1: no lanes.");
 }
 
 }  // namespace fewbit

@@ -136,8 +136,9 @@ void multiply(std::vector<ProductJob> jobs) {
     int64_t rows = 0;
     for (const ProductJob& job : jobs) rows += job.rows;
     const int threads = threads_for(tokens * rows * cols, kWorkOfAThread);
-    Scratches scratch(threads, cols / jobs[0].group * kMaxPanel * kTileRows);
-    const bool lanes = jobs[0].code == Code::lanes, few = !lanes && tokens <= use.few;
+    Scratches scratch(threads, cols / jobs[0].group * std::max(kMaxPanel, kMaxLaneGroups) * kTileRows);
+    const bool in_lanes = jobs[0].code == Code::lanes && jobs[0].lane_groups == use.lanes.panel;
+    const bool lanes = in_lanes && tokens <= use.most_in_lanes, few = !lanes && tokens <= use.few;
     const PanelKernels& panels = lanes ? use.lanes : use.panels;
     std::unique_ptr<int8_t[]> packed;
     if (!few) {
@@ -165,26 +166,28 @@ Code code_of(const std::string& name) {
 class Matrix {
 public:
     Matrix(Array<const uint8_t, 2> codes, Array<const uint16_t, 2> scales, float scale,
-           std::optional<Array<const int8_t, 1>> tables, std::optional<Array<const float, 1>> bias, int bits,
-           const std::string& code)
+           std::optional<Array<const int8_t, 1>> tables, std::optional<Array<const float, 1>> bias, int64_t cols,
+           int bits, const std::string& code)
         : codes_(std::move(codes)), scales_(std::move(scales)), tables_(std::move(tables)), bias_(std::move(bias)) {
         require_bits(bits);
+        require(cols > 0, "a matrix has at least one column");
         const int64_t groups = static_cast<int64_t>(scales_.shape(1));
         job_.rows = static_cast<int64_t>(scales_.shape(0));
         job_.code = code_of(code);
-        const bool lanes = job_.code == Code::lanes;
-        job_.cols = static_cast<int64_t>(codes_.shape(1)) / (2 * bits) / (lanes ? 2 : 1);
+        job_.cols = cols;
+        job_.lane_groups = static_cast<int>(static_cast<int64_t>(codes_.shape(1)) / std::max<int64_t>(1, 2 * bits * cols));
+        const int lanes = job_.lane_groups;
         require(groups > 0 && job_.cols % groups == 0, "scales must be [N, K / group]");
         const int64_t group = job_.cols / groups;
         require_group(group);
         require(group % 32 == 0, "a scale group is a multiple of 32 columns here, not " + std::to_string(group));
-        if (lanes) {
-            require(kernels().product->lanes.multiply != nullptr, "the instruction set in use has no lanes");
+        if (job_.code == Code::lanes) {
+            require(lanes == 2 || lanes == kMaxLaneGroups, "lanes hold 2 or 4 row groups, not " + std::to_string(lanes));
             require(group % kLaneCols == 0, "lanes need scale groups that are a multiple of 64 columns");
-            require_shape("codes", codes_, (row_groups(job_.rows) + 1) / 2, 4 * bits * job_.cols);
         } else {
-            require_shape("codes", codes_, row_groups(job_.rows), 2 * bits * job_.cols);
+            require(lanes == 1, "codes must be [ceil(N / 16), " + std::to_string(2 * bits * cols) + "]");
         }
+        require_shape("codes", codes_, (row_groups(job_.rows) + lanes - 1) / lanes, 2 * bits * cols * lanes);
         require(job_.code == Code::nibbles ? bits == 4 : tables_.has_value(),
                 job_.code == Code::nibbles ? "nibbles have 4 bits" : "the trellis needs its tables");
         if (tables_) require_tables(*tables_);
@@ -283,9 +286,9 @@ void bind_product(nb::module_& m) {
           "Rotate x float32 or bfloat16 bits [T, K] and quantize it to q int8 [T, K], scale and sums [T, K / group].");
     nb::class_<Matrix>(m, "Matrix", "The parts of a packed matrix [N, K], checked and kept alive.")
         .def(nb::init<Array<const uint8_t, 2>, Array<const uint16_t, 2>, float, std::optional<Array<const int8_t, 1>>,
-                      std::optional<Array<const float, 1>>, int, const std::string&>(),
+                      std::optional<Array<const float, 1>>, int64_t, int, const std::string&>(),
              "codes"_a.noconvert(), "scales"_a.noconvert(), "tensor_scale"_a, "tables"_a.noconvert().none(),
-             "bias"_a.noconvert().none(), "bits"_a, "code"_a);
+             "bias"_a.noconvert().none(), "cols"_a, "bits"_a, "code"_a);
     m.def("packed_linear", &packed_linear, "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(), "matrix"_a,
           "out"_a.noconvert(),
           "Fill out float32 or bfloat16 bits [T, N] with the product of quantized inputs and a packed matrix.");

@@ -24,8 +24,13 @@ inline void with_decoder(const ProductJob& job, const Body& body) {
     }
 }
 
-// Codes of a row group in scale group g: copied where reading around them would leave the tensor.
+// Codes of a row group in scale group g: copied where reading around them would leave the tensor, and put in order
+// where they stand in lanes.
 inline const uint8_t* group_codes(const ProductJob& job, int64_t row_group, int64_t g, ProductScratch& scratch) {
+    if (job.code == Code::lanes) {
+        from_lanes(job, row_group, g, scratch.edge + kSlack);
+        return scratch.edge + kSlack;
+    }
     const int64_t row_groups = (job.rows + kTileRows - 1) / kTileRows, groups = job.cols / job.group;
     const int64_t column = 2 * job.bits;
     const uint8_t* codes = job.codes + (row_group * job.cols + g * job.group) * column;

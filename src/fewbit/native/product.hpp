@@ -13,6 +13,8 @@ constexpr int kMaxPanel = 2;                                  // row groups that
 constexpr int kTokenTile = 384;                               // tokens whose sums stay near the core
 constexpr int kGroupWeights = kTileRows * kMaxGroup;          // weights of a row group in one scale group
 constexpr int kLaneCols = 64;                                 // columns whose chunks stand side by side in lanes
+constexpr int kLaneChunks = 16;                               // these chunks, of one row group
+constexpr int kMaxLaneGroups = 4;
 constexpr int kSlack = 64;                                    // bytes around a group's codes that kernels may read
 constexpr float kQuantMax = 127.0f;
 constexpr float kSmallest = 1e-30f;                           // groups with less than this count as zero
@@ -33,7 +35,7 @@ struct RotateJob {
 // What the codes of a matrix mean. All take 2 * bits * cols bytes per row group and start anew in every scale group.
 enum class Code {
     trellis,                                                  // the canonical stream
-    lanes,                                                    // the trellis, its bytes rearranged: see product_ymm.hpp
+    lanes,                                                    // the trellis, its bytes rearranged: see lanes.hpp
     nibbles,                                                  // 4 bits, value + 8
 };
 
@@ -53,6 +55,7 @@ struct ProductJob {
     int group;                                                // a multiple of 32, at most kMaxGroup
     int bits;
     Code code;
+    int lane_groups;                                          // row groups side by side in Code::lanes
     int8_t* packed;                                           // [tokens, cols, bytes] for `pack`
 };
 
@@ -60,7 +63,7 @@ struct ProductJob {
 struct alignas(64) ProductScratch {
     uint8_t weights[kMaxPanel * kGroupWeights];
     float total[kTokenTile * kMaxPanel * kTileRows];
-    uint8_t edge[2 * kSlack + 8 * kMaxGroup];
+    uint8_t edge[2 * kSlack + 8 * kMaxGroup];                 // codes of one row group in one scale group, with slack
     uint16_t* scales;                                         // [cols / group, panel, 16]
 };
 
@@ -77,7 +80,10 @@ struct ProductKernels {
     int few;
     void (*multiply_few)(const ProductJob& job, int64_t row_group, ProductScratch& scratch);
     PanelKernels panels;
-    PanelKernels lanes;                                       // for Code::lanes; empty where nothing is gained by it
+    // For Code::lanes with as many row groups side by side as this panel has, up to `most_in_lanes` tokens; others put
+    // the codes back in order first. Empty where nothing is gained by lanes.
+    PanelKernels lanes;
+    int64_t most_in_lanes;
 };
 
 extern const ProductKernels kPortableProduct;

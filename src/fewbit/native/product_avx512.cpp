@@ -1,12 +1,15 @@
 // AVX-512 (F, BW, VL, DQ, VBMI, VNNI): 64 weights per register, decoded by byte permutation, multiplied by vpdpbusd.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "product.hpp"
 
 namespace fewbit {
 namespace {
 
 #include "rotate_quantize.hpp"
+#include "lanes.hpp"
 #include "packed_product.hpp"
 
 struct Rotation {
@@ -86,7 +89,15 @@ inline __m512 load_scales(const uint16_t* halves, float scale) {
 
 constexpr int kStep = 8;                          // chunks that the decoders' unrolled loops take at once
 
-// Trellis weights: the two 64-entry tables (A + B, C + D + 128) and where the windows of 64 weights stand.
+// The two 64-entry tables, A + B by a window's six older bits and C + D + origin by its newer ones.
+inline void split_tables(const int8_t* tables, int origin, uint8_t* low, uint8_t* high) {
+    for (int i = 0; i < 64; ++i) {
+        low[i] = static_cast<uint8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
+        high[i] = static_cast<uint8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)] + origin);
+    }
+}
+
+// Trellis weights: the two tables and where the windows of 64 weights stand.
 template <int K>
 struct TrellisChunks {
     static constexpr int kBytes = 8 * K;          // of a chunk
@@ -95,9 +106,8 @@ struct TrellisChunks {
 
     explicit TrellisChunks(const int8_t* tables) {
         alignas(64) uint8_t low_table[64], high_table[64], bytes[64], shift[64];
+        split_tables(tables, kOrigin, low_table, high_table);
         for (int i = 0; i < 64; ++i) {
-            low_table[i] = static_cast<uint8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
-            high_table[i] = static_cast<uint8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)] + kOrigin);
             // Seen from two bytes before the chunk, weight i of eight has its window at bit k + 4 + k i.
             bytes[i] = static_cast<uint8_t>(K * (i >> 3) + (i & 7));
             shift[i] = static_cast<uint8_t>(K + 4 + K * (i & 7));
@@ -266,8 +276,13 @@ void multiply_few(const ProductJob& job, int64_t row_group, ProductScratch& scra
     with_decoder<Wide>(job, [&](const auto& decoder) { multiply_few_with(job, row_group, decoder, scratch); });
 }
 
+#include "lanes_avx512.hpp"
+
 }  // namespace
 
-const ProductKernels kAvx512Product = {rotate_quantize<Rotation>, Wide::kFew, multiply_few, panel_kernels<Wide>(), {}};
+const ProductKernels kAvx512Product = {rotate_quantize<Rotation>, Wide::kFew, multiply_few, panel_kernels<Wide>(),
+                                       {LaneProduct::kTokens, 1, LaneProduct::kPanel, LaneProduct::pack,
+                                        LaneProduct::multiply},
+                                       LaneProduct::kTokens};
 
 }  // namespace fewbit

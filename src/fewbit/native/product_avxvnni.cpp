@@ -9,6 +9,7 @@ namespace fewbit {
 namespace {
 
 #include "rotate_quantize.hpp"
+#include "lanes.hpp"
 #include "packed_product.hpp"
 #include "product_ymm.hpp"
 
@@ -21,7 +22,7 @@ struct Dots {
 }  // namespace
 
 const ProductKernels kAvxVnniProduct = {kAvx2Product.rotate_quantize, 0, nullptr, panel_kernels<Narrow<Dots>>(),
-                                        panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack)};
+                                        panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX};
 
 // Encoding gains nothing from VNNI.
 const Kernels kAvxVnniKernels = {"avxvnni", kAvx2Kernels.encode_stream, kAvx2Kernels.encode_row_group,

@@ -5,6 +5,7 @@ namespace fewbit {
 namespace {
 
 #include "rotate_quantize.hpp"
+#include "lanes.hpp"
 #include "packed_product.hpp"
 
 struct Rotation {
@@ -185,6 +186,6 @@ struct Plain {
 
 }  // namespace
 
-const ProductKernels kPortableProduct = {rotate_quantize<Rotation>, 0, nullptr, panel_kernels<Plain>(), {}};
+const ProductKernels kPortableProduct = {rotate_quantize<Rotation>, 0, nullptr, panel_kernels<Plain>(), {}, 0};
 
 }  // namespace fewbit

@@ -220,8 +220,7 @@ struct Narrow {
     }
 };
 
-// The trellis with its bytes laid out in lanes (Code::lanes): 32 streams side by side, the 16 chunks of 64 columns in two
-// row groups, so that a stream's history stands in the registers before and no byte ever moves between lanes.
+// The trellis in lanes (lanes.hpp), two row groups side by side.
 template <class Dots>
 struct Lanes {
     static constexpr Code kCode = Code::lanes;

@@ -12,7 +12,6 @@ import torch
 
 from fewbit.ops import reference, schemas
 from fewbit.ops.extension import load_native
-from fewbit.ops.layouts import from_lanes
 from fewbit.ops.schemas import FLOATS as FLOATS
 
 NATIVE_FLOATS = (torch.float32, torch.bfloat16)
@@ -57,7 +56,7 @@ def packed_linear(
     if native is None:
         return reference.packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, dtype)
     out = torch.empty(q.shape[0], scales.shape[0], dtype=dtype if dtype in NATIVE_FLOATS else torch.float32)
-    matrix = _matrix(native, codes, scales, tensor_scale, tables, bias, bits, code)
+    matrix = _matrix(native, q.shape[1], codes, scales, tensor_scale, tables, bias, bits, code)
     native.packed_linear(q.contiguous(), scale.contiguous(), sums.contiguous(), matrix, _bits(out))
     return out.to(dtype)
 
@@ -109,7 +108,7 @@ def linears(
         _bits(rows.to(dtype)),
         signs,
         block,
-        [_matrix(native, *parts, code) for parts in matrices],
+        [_matrix(native, cols, *parts, code) for parts in matrices],
         [_bits(out) for out in outs],
     )
     return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
@@ -117,6 +116,7 @@ def linears(
 
 def _matrix(
     native: ModuleType,
+    cols: int,
     codes: torch.Tensor,
     scales: torch.Tensor,
     tensor_scale: torch.Tensor,
@@ -126,14 +126,13 @@ def _matrix(
     code: str,
 ) -> Any:
     """The parts of a packed matrix as native code takes them."""
-    if code == "lanes" and not native.has_lanes():  # rearranged for another instruction set
-        codes, code = from_lanes(codes, -(-scales.shape[0] // schemas.ROW_GROUP), bits), "trellis"
     return native.Matrix(
         codes.contiguous(),
         _bits(scales.contiguous()),
         tensor_scale.item(),
         None if tables is None else tables.contiguous(),
         None if bias is None else bias.float().contiguous(),
+        cols,
         bits,
         code,
     )

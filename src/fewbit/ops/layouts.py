@@ -1,9 +1,10 @@
 """Where the bytes of a packed matrix stand in memory: as stored, or rearranged for the machine that multiplies with it.
 
-"lanes" suits processors whose byte shuffles stay within 16 bytes (AVX2 without AVX-512). It holds the bytes of the
-trellis stream, no bit of them changed: two row groups at a time, for every 64 columns their 2 x 16 chunks (64 weights,
-8 k bytes each) side by side, first byte 0 of all 32 chunks, then byte 1 of all, and so on. An odd last row group is
-paired with zeros. It needs scale groups that are a multiple of 64 columns.
+"lanes" holds the bytes of the trellis stream, no bit of them changed, with L = 2 or 4 row groups side by side: for
+every 64 columns their 16 L chunks (64 weights, 8 k bytes each) are 16 L streams; first byte 0 of all streams, then byte
+1 of all, and so on. A processor that holds one byte of every stream in a register needs no byte shuffles across lanes,
+which cost it more than everything else. Missing row groups at the end are zeros. Scale groups must be a multiple of 64
+columns.
 """
 
 from __future__ import annotations
@@ -13,28 +14,24 @@ import torch
 from fewbit.ops.extension import load_native
 
 LANE_COLS = 64
+LANE_GROUPS = (2, 4)  # row groups side by side
 CHUNKS = 16  # of a row group in 64 columns
 
 
-def to_lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Trellis codes uint8 `[ceil(N / 16), 2 k K]` to lanes, uint8 `[ceil(N / 32), 4 k K]`."""
+def to_lanes(codes: torch.Tensor, bits: int, lane_groups: int) -> torch.Tensor:
+    """Trellis codes uint8 `[R, 2 k K]` of R row groups to lanes, uint8 `[ceil(R / L), 2 L k K]`."""
     row_groups, size = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, 0, 0, row_groups % 2))
-    units = padded.view(-1, 2, size // (CHUNKS * 8 * bits), CHUNKS, 8 * bits)
-    return units.permute(0, 2, 4, 1, 3).reshape(-1, 2 * size)
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -row_groups % lane_groups))
+    units = padded.view(-1, lane_groups, size // (CHUNKS * 8 * bits), CHUNKS, 8 * bits)
+    return units.permute(0, 2, 4, 1, 3).reshape(-1, lane_groups * size)
 
 
-def from_lanes(lanes: torch.Tensor, row_groups: int, bits: int) -> torch.Tensor:
-    """The inverse of `to_lanes`: lanes to the codes of `row_groups` row groups."""
-    size = lanes.shape[1] // 2
-    units = lanes.view(lanes.shape[0], size // (CHUNKS * 8 * bits), 8 * bits, 2, CHUNKS)
+def from_lanes(lanes: torch.Tensor, row_groups: int, cols: int, bits: int) -> torch.Tensor:
+    """The inverse of `to_lanes`: lanes of a matrix with `cols` inputs to the codes of its R row groups."""
+    size = 2 * bits * cols
+    lane_groups = lanes.shape[1] // size
+    units = lanes.view(lanes.shape[0], size // (CHUNKS * 8 * bits), 8 * bits, lane_groups, CHUNKS)
     return units.permute(0, 3, 1, 4, 2).reshape(-1, size)[:row_groups]
-
-
-def has_lanes() -> bool:
-    """Whether the instruction set in use multiplies lanes faster than the stored layout."""
-    native = load_native()
-    return native is not None and native.has_lanes()
 
 
 def place(codes: torch.Tensor, bits: int, group: int, code: str) -> tuple[torch.Tensor, str]:
@@ -46,9 +43,8 @@ def place(codes: torch.Tensor, bits: int, group: int, code: str) -> tuple[torch.
     native = load_native() if codes.device.type == "cpu" else None
     if native is None or codes.numel() == 0:
         return codes, code
-    lanes = code == "trellis" and group % LANE_COLS == 0 and native.has_lanes()
-    rows = codes.shape[0]
-    shape = (-(-rows // 2), 2 * codes.shape[1]) if lanes else codes.shape
+    lane_groups = native.lane_groups() if code == "trellis" and group % LANE_COLS == 0 else 1
+    shape = (-(-codes.shape[0] // lane_groups), lane_groups * codes.shape[1])
     placed = native.huge_bytes(shape[0] * shape[1]).view(shape)
-    native.place(codes.contiguous(), placed, bits if lanes else 0)
-    return placed, "lanes" if lanes else code
+    native.place(codes.contiguous(), placed, bits, lane_groups)
+    return placed, code if lane_groups == 1 else "lanes"

@@ -54,19 +54,19 @@ def rotate_quantize(
 
 
 def integer_weights(
-    codes: torch.Tensor, tables: torch.Tensor | None, rows: int, groups: int, bits: int, code: str
+    codes: torch.Tensor, tables: torch.Tensor | None, shape: tuple[int, int, int], bits: int, code: str
 ) -> torch.Tensor:
-    """The integers that `codes` stand for, before any scale: `[N, K / group, group]`."""
+    """The integers that `codes` stand for, before any scale, in their shape `[N, K / group, group]`."""
+    rows, groups, group = shape
     if code == "lanes":
-        codes = from_lanes(codes, -(-rows // TILE), bits)
-    cols = codes.shape[1] // (2 * bits)
+        codes = from_lanes(codes, -(-rows // TILE), groups * group, bits)
     if code == "nibbles":
         return unpack_nibbles(codes, rows, groups).view(rows, groups, -1)
     if tables is None:
         raise ValueError("the trellis needs its tables, int8 [40]")
-    streams = codes.reshape(codes.shape[0] * groups, 2 * bits * cols // groups)
+    streams = codes.reshape(codes.shape[0] * groups, 2 * bits * group)
     values = from_stream(window_values(tables)[unpack_windows(streams, bits)])
-    return values.view(codes.shape[0], groups, TILE, -1).transpose(1, 2).reshape(-1, groups, cols // groups)[:rows]
+    return values.view(codes.shape[0], groups, TILE, -1).transpose(1, 2).reshape(-1, groups, group)[:rows]
 
 
 def packed_linear(
@@ -93,7 +93,7 @@ def packed_linear(
     rows, groups = scales.shape
     tokens, cols = q.shape
     group = cols // groups
-    weights = integer_weights(codes, tables, rows, groups, bits, code).double()
+    weights = integer_weights(codes, tables, (rows, groups, group), bits, code).double()
     weight_scale = scales.float() * tensor_scale.float()
     total = torch.zeros(tokens, rows, dtype=torch.float32, device=q.device)
     for g in range(groups):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fewbit.math.hadamard import MAX_BLOCK, MIN_BLOCK
-from fewbit.ops.layouts import LANE_COLS
+from fewbit.ops.layouts import LANE_COLS, LANE_GROUPS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 3, 4)
@@ -87,9 +87,10 @@ def check_weights(
         cols == group * groups and group % MIN_BLOCK == 0 and 0 < group <= MAX_GROUP,
         f"{cols} inputs in {groups} scale groups: a group is a multiple of {MIN_BLOCK} up to {MAX_GROUP} columns",
     )
-    row_groups = 2 if code == "lanes" else 1  # in a row of codes
-    require(code != "lanes" or group % LANE_COLS == 0, f"lanes need scale groups of {LANE_COLS} n columns, not {group}")
-    shape = (-(-rows // (row_groups * ROW_GROUP)), row_groups * 2 * bits * cols)
+    lanes = max(2, codes.shape[-1] // (2 * bits * cols)) if code == "lanes" else 1  # row groups in a row of codes
+    require(code != "lanes" or lanes in LANE_GROUPS, f"lanes hold 2 or 4 row groups, not {lanes}")
+    require(lanes == 1 or group % LANE_COLS == 0, f"lanes need scale groups of {LANE_COLS} n columns, not {group}")
+    shape = (-(-rows // (lanes * ROW_GROUP)), lanes * 2 * bits * cols)
     _require_tensor("codes", codes, shape, torch.uint8)
     _require_tensor("tensor_scale", tensor_scale, (1,), torch.float32)
     if tables is not None:
