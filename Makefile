@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench-encode bench-kernels bench-quality tables clean
+.PHONY: help venv demo test test-slow lint bench-encode bench-kernels bench-peers bench-quality tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 
 bench-kernels: $(STAMP)  ## Measure the kernels beside the memory's speed
 	@$(BIN)/python benchmarks/kernels.py
+
+bench-peers: $(STAMP)  ## The same, with llama.cpp's kernels beside them (fetched and built once)
+	@$(BIN)/python benchmarks/kernels.py --peers
 
 bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (an hour)
 	@$(BIN)/python benchmarks/quality.py

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import peers
 import torch
 from encode import commit
 
@@ -125,15 +126,26 @@ def measure_reading(megabytes: int, repeats: int) -> dict[str, float]:
     return rate(buffer.numel() * 8 / 1e9, repeats, buffer.sum)
 
 
+def measure_call(repeats: int) -> dict[str, float]:
+    """Millions of calls per second with a matrix so small that nothing but the call takes time."""
+    return rate(1e-6, repeats, product(matrix(16, 256, 3), 1, 256, 3))
+
+
 def rows_of(isa: str, threads: int, large_rows: int, large_cols: int, repeats: int) -> list[dict[str, object]]:
     found = [measure_rotation(dtype, repeats) for dtype in (torch.float32, torch.bfloat16)]
     if isa == "portable":  # there for correctness, too slow for the rest
         found.append(measure_few(*SMALL, 3, 1, repeats))
     else:
         found += [measure_few(*SMALL, bits, tokens, repeats) for bits in (2, 3, 4) for tokens in FEW_TOKENS]
-        found.append(measure_few(large_rows, large_cols, 3, 1, repeats))
+        found += [measure_few(large_rows, large_cols, bits, 1, repeats) for bits in (3, 4)]
         found.append(measure_many(repeats))
     return [{"isa": isa, "threads": threads, **row} for row in found]
+
+
+def pin(threads: int, cores: set[int]) -> None:
+    """Keeps one thread, and the programs it starts, on one core."""
+    if cores:
+        os.sched_setaffinity(0, {max(cores)} if threads == 1 else cores)
 
 
 def main() -> None:
@@ -143,32 +155,47 @@ def main() -> None:
     parser.add_argument("--isa", nargs="+", help="instruction sets; default: all of this machine")
     parser.add_argument("--large-rows", type=int, default=262144, help="rows of the matrix that no cache holds")
     parser.add_argument("--large-cols", type=int, default=16384, help="its columns; 1.6 GB at 3 bits by default")
+    parser.add_argument("--peers", action="store_true", help="measure llama.cpp's kernels, too (builds them once)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     native = load_native()
     if native is None:
         raise SystemExit("kernels: the native extension is not built; there is nothing to measure")
+    isas = args.isa or list(reversed(native.available_isas()))
+    drivers = peers.drivers(isas) if args.peers else {}
     load = os.getloadavg()[0]
-    reading, rows = {}, []
+    native.set_num_threads(1)
+    call = measure_call(args.repeats)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    reading, rows, peer_rows = {}, [], []
     for threads in args.threads:
+        pin(threads, cores)
         torch.set_num_threads(threads)
         reading[str(threads)] = measure_reading(1024, args.repeats)
         torch.set_num_threads(1)  # torch's idle threads spin and would take the cores from the native ones
         native.set_num_threads(threads)
-        for isa in args.isa or reversed(native.available_isas()):
+        for isa in isas:
             native.select_isa(isa)
             for row in rows_of(isa, threads, args.large_rows, args.large_cols, args.repeats):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
+        for isa, driver in drivers.items():
+            shapes = ((args.large_rows, args.large_cols), SMALL[1], (*GEMM, GEMM_TOKENS))
+            for row in peers.measure(driver, threads, args.repeats, *shapes):
+                peer_rows.append({"isa": isa, "threads": threads, **row})
+                print(json.dumps(peer_rows[-1]), flush=True)
     report = {
         "benchmark": "kernels",
         "machine": {"cpu": cpu_name(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
         "versions": {"fewbit": fewbit.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "peer_versions": {peers.PACKAGE: peers.VERSION} if peer_rows else {},
         "commit": commit(),
         "load_average_before": round(load, 2),
         "repeats": args.repeats,
         "read_gigabytes_per_second": reading,
+        "call_microseconds": round(1 / call["median_per_cpu_second"], 2),
         "rows": rows,
+        "peers": peer_rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

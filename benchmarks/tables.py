@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PLACES = {"memory": 1, "cache": 1, "many": 2}  # where kernels are compared with peers, and the decimals of speeds there
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -106,7 +107,69 @@ def kernels() -> str:
     return markdown(header, rows) + note
 
 
-TABLES: dict[str, Callable[[], str]] = {"quality-smollm2": quality_smollm2, "encoding": encoding, "kernels": kernels}
+def speeds(rows: list[dict[str, Any]], largest: int) -> dict[str, float]:
+    """Best medians: of one token with `largest` weights (memory) and with some 1 MB (cache), and of many tokens.
+
+    One thread's are taken per second of processor time, which other work on the machine disturbs least. With more
+    threads, 1 MB measures how fast they meet and not how fast they multiply, and is left out.
+    """
+    found: dict[str, list[float]] = {place: [] for place in PLACES}
+    for row in rows:
+        median = "median_per_cpu_second" if row["threads"] == 1 else "median"
+        if "tera_operations_per_second" in row:
+            found["many"].append(row["tera_operations_per_second"][median])
+        elif "billion_weights_per_second" in row and row["tokens"] == 1:
+            if row["rows"] * row["cols"] == largest:
+                found["memory"].append(row["billion_weights_per_second"][median])
+            elif row["megabytes"] < 2 and row["threads"] == 1:
+                found["cache"].append(row["billion_weights_per_second"][median])
+    return {place: max(medians) for place, medians in found.items() if medians}
+
+
+def peers() -> str:
+    """llama.cpp's kernels, the fastest for each of its types, and how many times as fast fewbit's are."""
+    report = json.loads((RESULTS / "kernels.json").read_text())
+    if not report.get("peers"):
+        return "The results in this tree do not hold a measurement of these; `make bench-peers` takes one.\n"
+    rows_of: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for row in report["peers"]:
+        rows_of.setdefault((row["isa"], row["threads"], row["type"]), []).append(row)
+    largest = max(row["rows"] * row["cols"] for row in report["peers"])
+    lines = []
+    for (isa, threads, kind), rows in rows_of.items():
+        theirs = speeds(rows, largest)
+        cells = [f"{theirs[place]:.{digits}f}" if place in theirs else "" for place, digits in PLACES.items()]
+        for bits in (3, 4):
+            mine = [
+                row for row in report["rows"] if (row["isa"], row["threads"], row.get("bits")) == (isa, threads, bits)
+            ]
+            ours = speeds(mine, largest)
+            for place in PLACES if bits == 3 else ("memory", "cache"):
+                cells.append(f"{ours[place] / theirs[place]:.2f}" if place in ours and place in theirs else "")
+        lines.append([kind, f"{rows[0]['bits_per_weight']:.2f}", isa, str(threads), *cells])
+    header = ["type", "bits/weight", "instruction set", "threads", "memory", "cache", "512 tokens"]
+    header += ["3 bits, memory", "3 bits, cache", "3 bits, 512 tokens", "4 bits, memory", "4 bits, cache"]
+    return markdown(header, lines) + f"\n{peers_note(report)} Made by `benchmarks/kernels.py --peers`.\n"
+
+
+def peers_note(report: dict[str, Any]) -> str:
+    package, version = next(iter(report["peer_versions"].items()))
+    return (
+        f"{report['machine']['cpu']}; llama.cpp from {package} {version}, without AMX. Its speeds are billions of "
+        f"weights per second with one token, out of memory and out of 1 MB, and TOP/s with 512 tokens, each the "
+        f"fastest of its ways: row by row, as a graph, and as a graph of interleaved rows. Then how many times as fast "
+        f"fewbit's kernels are in the same run; one call of theirs from Python takes "
+        f"{report['call_microseconds']:.0f} us, which counts in the columns of the cache. One thread's speeds are per "
+        f"second of processor time."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality-smollm2": quality_smollm2,
+    "encoding": encoding,
+    "kernels": kernels,
+    "peers": peers,
+}
 
 
 def filled(text: str) -> str:
