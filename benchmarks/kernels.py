@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peers
 import torch
@@ -26,12 +27,14 @@ from fewbit.formats.trellis import load_tables
 from fewbit.math.hadamard import pack_signs, random_signs
 from fewbit.ops import cpu
 from fewbit.ops.extension import load_native
+from fewbit.ops.layouts import place
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "kernels.json"
 SMALL = (640, 4096)  # 1 MB at 3 bits
 GEMM = (8192, 2048)
 GEMM_TOKENS = 512
 ROTATE_TOKENS, ROTATE_COLS = 512, 4096
+CODES = {"trellis": "trellis", "int4": "nibbles"}
 FEW_TOKENS = (1, 2, 4, 8)
 TARGET_SECONDS = 0.05  # of one repeat
 
@@ -55,34 +58,48 @@ def rate(amount: float, repeats: int, work: Callable[[], object]) -> dict[str, f
     }
 
 
-def matrix(rows: int, cols: int, bits: int) -> dict[str, torch.Tensor]:
-    """Random codes: the kernels' speed does not depend on them."""
-    spec = get_format("trellis").spec(rows, cols, bits)
+def matrix(rows: int, cols: int, bits: int, kind: str = "trellis") -> dict[str, Any]:
+    """Random codes, placed as a loaded model has them: the kernels' speed does not depend on what they are."""
+    spec = get_format(kind).spec(rows, cols, bits)
     codes = torch.empty(-(-rows // 16), 2 * bits * cols, dtype=torch.uint8)
     codes.view(torch.int64).random_()
+    codes, code = place(codes, bits, spec.group, CODES[kind])
     return {
         "codes": codes,
         "scales": torch.rand(rows, spec.groups).half(),
         "tensor_scale": torch.tensor([0.01]),
         "tables": load_tables(bits)[0],
+        "bits": bits,
+        "code": code,
     }
 
 
-def product(weights: dict[str, torch.Tensor], tokens: int, cols: int, bits: int) -> Callable[[], torch.Tensor]:
-    """The product with inputs that are quantized already."""
+def product(weights: dict[str, Any], tokens: int, cols: int) -> Callable[[], None]:
+    """The native product with inputs that are quantized already, as one call from Python."""
+    native, rows = load_native(), weights["scales"].shape[0]
     group = cols // weights["scales"].shape[1]
-    inputs = cpu.rotate_quantize(
-        torch.randn(tokens, cols), None, get_format("trellis").spec(1, cols, bits).block, group
+    inputs = cpu.rotate_quantize(torch.randn(tokens, cols), None, min(group & -group, 256), group)
+    matrix_ = native.Matrix(
+        weights["codes"],
+        weights["scales"].view(torch.uint16),
+        0.01,
+        weights["tables"],
+        None,
+        cols,
+        weights["bits"],
+        weights["code"],
     )
-    return lambda: cpu.packed_linear(*inputs, **weights, bias=None, bits=bits, code="trellis", dtype=torch.bfloat16)
+    out = torch.empty(tokens, rows)
+    return lambda: native.packed_linear(*inputs, matrix_, out)
 
 
-def measure_few(rows: int, cols: int, bits: int, tokens: int, repeats: int) -> dict[str, object]:
-    weights = matrix(rows, cols, bits)
-    found = rate(rows * cols / 1e9, repeats, product(weights, tokens, cols, bits))
+def measure_few(rows: int, cols: int, bits: int, tokens: int, repeats: int, kind: str = "trellis") -> dict[str, object]:
+    weights = matrix(rows, cols, bits, kind)
+    found = rate(rows * cols / 1e9, repeats, product(weights, tokens, cols))
     stored = weights["codes"].numel() + 2 * weights["scales"].numel()
     return {
         "kernel": "product of few tokens",
+        "format": kind,
         "rows": rows,
         "cols": cols,
         "bits": bits,
@@ -101,7 +118,7 @@ def measure_many(repeats: int) -> dict[str, object]:
     found = rate(
         2 * GEMM_TOKENS * rows * cols / 1e12,
         repeats,
-        lambda: cpu.linear(x, **weights, signs=signs, bias=None, bits=3, block=256),
+        lambda: cpu.linear(x, **weights, signs=signs, bias=None, block=256),
     )
     shape = {"rows": rows, "cols": cols, "bits": 3, "tokens": GEMM_TOKENS}
     return {"kernel": "linear of many tokens", **shape, "tera_operations_per_second": found}
@@ -121,14 +138,16 @@ def measure_rotation(dtype: torch.dtype, repeats: int) -> dict[str, object]:
 
 
 def measure_reading(megabytes: int, repeats: int) -> dict[str, float]:
-    """Gigabytes per second of summing a buffer of 64-bit integers in torch, on as many threads as torch has."""
-    buffer = torch.ones(megabytes << 17, dtype=torch.int64)
-    return rate(buffer.numel() * 8 / 1e9, repeats, buffer.sum)
+    """Gigabytes per second of reading a buffer in huge pages, next to nothing done with what is read."""
+    native = load_native()
+    buffer = native.huge_bytes(megabytes << 20)
+    buffer.fill_(1)
+    return rate(buffer.numel() / 1e9, repeats, lambda: native.read_bytes(buffer))
 
 
 def measure_call(repeats: int) -> dict[str, float]:
     """Millions of calls per second with a matrix so small that nothing but the call takes time."""
-    return rate(1e-6, repeats, product(matrix(16, 256, 3), 1, 256, 3))
+    return rate(1e-6, repeats, product(matrix(16, 256, 3), 1, 256))
 
 
 def rows_of(isa: str, threads: int, large_rows: int, large_cols: int, repeats: int) -> list[dict[str, object]]:
@@ -136,8 +155,9 @@ def rows_of(isa: str, threads: int, large_rows: int, large_cols: int, repeats: i
     if isa == "portable":  # there for correctness, too slow for the rest
         found.append(measure_few(*SMALL, 3, 1, repeats))
     else:
-        found += [measure_few(*SMALL, bits, tokens, repeats) for bits in (2, 3, 4) for tokens in FEW_TOKENS]
-        found += [measure_few(large_rows, large_cols, bits, 1, repeats) for bits in (3, 4)]
+        kinds = [("trellis", 2), ("trellis", 3), ("trellis", 4), ("int4", 4)]
+        found += [measure_few(*SMALL, bits, tokens, repeats, kind) for kind, bits in kinds for tokens in FEW_TOKENS]
+        found += [measure_few(large_rows, large_cols, bits, 1, repeats, kind) for kind, bits in kinds[1:]]
         found.append(measure_many(repeats))
     return [{"isa": isa, "threads": threads, **row} for row in found]
 
@@ -164,16 +184,15 @@ def main() -> None:
     isas = args.isa or list(reversed(native.available_isas()))
     drivers = peers.drivers(isas) if args.peers else {}
     load = os.getloadavg()[0]
+    torch.set_num_threads(1)  # torch's idle threads spin and would take the cores from the native ones
     native.set_num_threads(1)
     call = measure_call(args.repeats)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     reading, rows, peer_rows = {}, [], []
     for threads in args.threads:
         pin(threads, cores)
-        torch.set_num_threads(threads)
-        reading[str(threads)] = measure_reading(1024, args.repeats)
-        torch.set_num_threads(1)  # torch's idle threads spin and would take the cores from the native ones
         native.set_num_threads(threads)
+        reading[str(threads)] = measure_reading(1024, args.repeats)
         for isa in isas:
             native.select_isa(isa)
             for row in rows_of(isa, threads, args.large_rows, args.large_cols, args.repeats):

@@ -1,6 +1,7 @@
 // Memory for weights: large pages where the system has them, and one parallel pass that fills it.
 #include "memory.hpp"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -39,6 +40,23 @@ void copy_bytes(const uint8_t* from, uint8_t* to, int64_t bytes) {
         const int64_t begin = piece * kPiece, left = bytes - begin;
         std::memcpy(to + begin, from + begin, static_cast<size_t>(left < kPiece ? left : kPiece));
     });
+}
+
+uint64_t read_bytes(const uint8_t* from, int64_t bytes) {
+    constexpr int64_t line = 64, ahead = 4096;
+    std::atomic<uint64_t> all{0};
+    parallel_for(num_threads(), (bytes + kPiece - 1) / kPiece, [&](int64_t piece, int) {
+        const int64_t begin = piece * kPiece, end = begin + kPiece < bytes ? begin + kPiece : bytes;
+        uint64_t found[8] = {};
+        for (int64_t at = begin; at + line <= end; at += line) {
+            __builtin_prefetch(from + at + ahead);
+            uint64_t words[8];
+            std::memcpy(words, from + at, sizeof words);
+            for (int i = 0; i < 8; ++i) found[i] ^= words[i];
+        }
+        for (const uint64_t part : found) all.fetch_xor(part, std::memory_order_relaxed);
+    });
+    return all.load();
 }
 
 void trellis_to_lanes(const LanesJob& job) {
