@@ -41,14 +41,51 @@ inline const uint8_t* group_codes(const ProductJob& job, int64_t row_group, int6
     return scratch.edge + kSlack;
 }
 
-// Scales [group][row group of the panel][16] of the rows from `row_group`, zero where there are no rows.
+typedef uint16_t EightHalves __attribute__((vector_size(16)));
+
+inline EightHalves interleave(EightHalves a, EightHalves b, bool high) {
+#ifdef __clang__
+    return high ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+                : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return high ? __builtin_shuffle(a, b, EightHalves{4, 12, 5, 13, 6, 14, 7, 15})
+                : __builtin_shuffle(a, b, EightHalves{0, 8, 1, 9, 2, 10, 3, 11});
+#endif
+}
+
+// Eight rows of eight halves, `stride` apart, turned into `count` columns of eight, `width` apart.
+inline void transpose_halves(const uint16_t* from, int64_t stride, uint16_t* out, int width, int64_t count) {
+    EightHalves rows[8], next[8];
+    for (int i = 0; i < 8; ++i) __builtin_memcpy(&rows[i], from + i * stride, 16);
+    for (int stage = 0; stage < 3; ++stage) {     // each pairs the first half of the rows with the second
+        for (int i = 0; i < 4; ++i) {
+            next[2 * i] = interleave(rows[i], rows[i + 4], false);
+            next[2 * i + 1] = interleave(rows[i], rows[i + 4], true);
+        }
+        for (int i = 0; i < 8; ++i) rows[i] = next[i];
+    }
+    for (int64_t g = 0; g < count; ++g) __builtin_memcpy(out + g * width, &rows[g], 16);
+}
+
+// Scales [group][row group of the panel][16] of the rows from `row_group`, zero where there are no rows. Those of the
+// next panel are asked for at the same time.
 inline void panel_scales(const ProductJob& job, int64_t row_group, int panel, uint16_t* out) {
-    const int64_t groups = job.cols / job.group;
+    const int64_t groups = job.cols / job.group, first = row_group * kTileRows, total = job.rows * groups;
     const int width = panel * kTileRows;
-    for (int r = 0; r < width; ++r) {
-        const int64_t row = row_group * kTileRows + r;
-        const uint16_t* from = job.scales + row * groups;
-        for (int64_t g = 0; g < groups; ++g) out[g * width + r] = row < job.rows ? from[g] : 0;
+    const uint16_t* from = job.scales + first * groups;
+    for (int64_t line = 0; line < width * groups; line += 32) __builtin_prefetch(from + width * groups + line);
+    for (int r = 0; r < width; r += 8) {
+        for (int64_t g = 0; g < groups; g += 8) {
+            const int64_t count = groups - g < 8 ? groups - g : 8;
+            // The last of the eight rows may be read past its end as long as that is within the tensor.
+            if ((first + r + 7) * groups + g + 8 <= total) {
+                transpose_halves(from + r * groups + g, groups, out + g * width + r, width, count);
+                continue;
+            }
+            for (int row = r; row < r + 8; ++row)
+                for (int64_t i = g; i < g + count; ++i)
+                    out[i * width + row] = first + row < job.rows ? from[row * groups + i] : 0;
+        }
     }
 }
 
