@@ -1,4 +1,4 @@
-// The kernels of inference, once per instruction set: quantizing inputs and multiplying them with trellis weights.
+// The products of quantized inputs with trellis weights, once per instruction set.
 // Nothing here allocates, throws or knows about Python; jobs are checked before they get here.
 #pragma once
 
@@ -13,21 +13,6 @@ constexpr int kMaxPanel = 2;                                  // row groups that
 constexpr int kTokenTile = 384;                               // tokens whose sums stay near the core
 constexpr int kGroupWeights = kTileRows * kMaxGroup;          // weights of a row group in one scale group
 constexpr int kSlack = 64;                                    // bytes around a group's codes that kernels may read
-constexpr float kQuantMax = 127.0f;
-constexpr float kSmallest = 1e-30f;                           // groups with less than this count as zero
-
-// Inputs to 8 bits. Float operations are rounded one by one, in the order of the torch reference.
-struct RotateJob {
-    const void* x;                                            // [tokens, cols] float, or bfloat16 as its bits
-    bool bf16;
-    const uint8_t* signs;                                     // bits [cols / 8], set where -1; null: none
-    int8_t* q;                                                // [tokens, cols]
-    float* scale;                                             // [tokens, cols / group]
-    int32_t* sums;                                            // [tokens, cols / group]
-    int64_t cols;
-    int block;                                                // 32, 64, 128 or 256
-    int group;                                                // a multiple of block, at most kMaxGroup
-};
 
 // out = q W' + bias: exact integer sums per group, times (weight scale * input scale), groups in order.
 struct ProductJob {
@@ -56,7 +41,6 @@ struct alignas(64) ProductScratch {
 };
 
 struct ProductKernels {
-    void (*rotate_quantize)(const RotateJob& job, int64_t token);
     // Products of at most `few` tokens read q itself, work on one row group and need no packing.
     int few;
     void (*multiply_few)(const ProductJob& job, int64_t row_group, ProductScratch& scratch);
