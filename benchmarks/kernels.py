@@ -35,6 +35,8 @@ GEMM = (8192, 2048)
 GEMM_TOKENS = 512
 ROTATE_TOKENS, ROTATE_COLS = 512, 4096
 CODES = {"trellis": "trellis", "int4": "nibbles"}
+ROTATIONS = ("rotate_quantize", "rms_norm_rotate_quantize", "silu_rotate_quantize", "gelu_rotate_quantize")
+DTYPES = (torch.float32, torch.bfloat16)
 FEW_TOKENS = (1, 2, 4, 8)
 TARGET_SECONDS = 0.05  # of one repeat
 
@@ -124,15 +126,24 @@ def measure_many(repeats: int) -> dict[str, object]:
     return {"kernel": "linear of many tokens", **shape, "tera_operations_per_second": found}
 
 
-def measure_rotation(dtype: torch.dtype, repeats: int) -> dict[str, object]:
-    x, signs = torch.randn(ROTATE_TOKENS, ROTATE_COLS).to(dtype), pack_signs(random_signs(ROTATE_COLS, 0))
-    found = rate(ROTATE_TOKENS / 1e6, repeats, lambda: cpu.rotate_quantize(x, signs, 256, 256))
+def measure_rotation(kernel: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+    """Quantizing inputs: alone, after an RMSNorm, and after a gated activation."""
+    x, up = (torch.randn(ROTATE_TOKENS, ROTATE_COLS).to(dtype) for _ in range(2))
+    weight, rotation = torch.rand(ROTATE_COLS), (pack_signs(random_signs(ROTATE_COLS, 0)), 256, 256)
+    calls = {
+        "rotate_quantize": lambda: cpu.rotate_quantize(x, *rotation),
+        "rms_norm_rotate_quantize": lambda: cpu.rms_norm_rotate_quantize(x, weight, 1e-5, *rotation),
+        "silu_rotate_quantize": lambda: cpu.gated_rotate_quantize(x, up, "silu", *rotation),
+        "gelu_rotate_quantize": lambda: cpu.gated_rotate_quantize(x, up, "gelu_tanh", *rotation),
+    }
+    found = rate(ROTATE_TOKENS / 1e6, repeats, calls[kernel])
     return {
-        "kernel": "rotate_quantize",
+        "kernel": kernel,
         "cols": ROTATE_COLS,
         "tokens": ROTATE_TOKENS,
         "dtype": str(dtype).removeprefix("torch."),
         "microseconds_per_token": round(1 / found["median"], 3),
+        "cpu_microseconds_per_token": round(1 / found["median_per_cpu_second"], 3),
         "million_tokens_per_second": found,
     }
 
@@ -151,7 +162,7 @@ def measure_call(repeats: int) -> dict[str, float]:
 
 
 def rows_of(isa: str, threads: int, large_rows: int, large_cols: int, repeats: int) -> list[dict[str, object]]:
-    found = [measure_rotation(dtype, repeats) for dtype in (torch.float32, torch.bfloat16)]
+    found = [measure_rotation(kernel, dtype, repeats) for kernel in ROTATIONS for dtype in DTYPES]
     if isa == "portable":  # there for correctness, too slow for the rest
         found.append(measure_few(*SMALL, 3, 1, repeats))
     else:

@@ -86,7 +86,7 @@ def kernels() -> str:
     report = json.loads((RESULTS / "kernels.json").read_text())
     rows = []
     for row in report["rows"]:
-        if row["kernel"].startswith("rotate"):
+        if "microseconds_per_token" in row:
             speed = f"{row['microseconds_per_token']:.2f} us per token of {row['cols']}"
         elif row["bits"] != 3 or ("few" in row["kernel"] and row["tokens"] != 1):
             continue

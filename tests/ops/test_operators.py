@@ -1,9 +1,5 @@
 """The operators of inference: every instruction set, thread count and batch size computes what the reference says."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -67,20 +63,10 @@ print(state.hexdigest(), native.isa() if native else "torch")
 """
 
 
-def _run(isa: str | None = None, threads: int = 0, *flags: str) -> list[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "FEWBIT_ISA"}
-    if isa:
-        environment["FEWBIT_ISA"] = isa
-    command = [sys.executable, "-c", SCRIPT, str(threads), *flags]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()
-
-
 @pytest.fixture(scope="module")
-def specified() -> str:
+def specified(run_script) -> str:
     """The digest of the reference."""
-    digest, backend = _run(None, 0, "missing")
+    digest, backend = run_script(SCRIPT, None, 0, "missing")
     assert backend == "torch"
     return digest
 
@@ -122,14 +108,14 @@ def _inputs(tokens: int, cols: int) -> torch.Tensor:
 
 @needs_native
 @pytest.mark.parametrize("isa", native.available_isas() if native else [])
-def test_every_instruction_set_gives_the_reference_bit_for_bit(isa, specified):
-    assert _run(isa) == [specified, isa]
+def test_every_instruction_set_gives_the_reference_bit_for_bit(isa, specified, run_script):
+    assert run_script(SCRIPT, isa) == [specified, isa]
 
 
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_changes_no_bit(threads, specified):
-    assert _run(None, threads)[0] == specified
+def test_the_number_of_threads_changes_no_bit(threads, specified, run_script):
+    assert run_script(SCRIPT, None, threads)[0] == specified
 
 
 @pytest.mark.parametrize("make", [_matrix, _nibbles])

@@ -3,8 +3,10 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +18,10 @@ namespace fewbit {
 
 template <class T, int Dims>
 using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+
+// A matrix of 4-byte floats, or of 16-bit ones given as uint16.
+using Floats = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Signs = Array<const uint8_t, 1>;
 
 inline void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
@@ -46,9 +52,19 @@ inline void require_group(int64_t group) {
             "a scale group is a multiple of 16 up to 256 columns, not " + std::to_string(group));
 }
 
+inline bool is_bf16(const char* name, const Floats& array) {
+    const bool half = array.dtype() == nb::dtype<uint16_t>();
+    require(half || array.dtype() == nb::dtype<float>(), std::string(name) + " must be float32 or 16 bits as uint16");
+    return half;
+}
+
 inline int64_t row_groups(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
+// Inputs of `cols` columns, rotated in blocks and quantized in groups.
+void require_rotation(int64_t cols, const std::optional<Signs>& signs, int block, int group);
+
 // Parts of the module.
+void bind_rotate(nb::module_& m);
 void bind_product(nb::module_& m);
 void bind_memory(nb::module_& m);
 

@@ -67,6 +67,7 @@ struct DecodeJob {
 };
 
 struct ProductKernels;                            // product.hpp
+struct RotateJob;                                 // rotate.hpp
 
 // The functions of one instruction set; `index` is a stream or a row group.
 struct Kernels {
@@ -75,6 +76,7 @@ struct Kernels {
     void (*encode_row_group)(const EncodeJob& job, int64_t index, Workspace& work);
     void (*decode_row_group)(const DecodeJob& job, int64_t index);
     const ProductKernels* product;
+    void (*rotate_quantize)(const RotateJob& job, int64_t token);
 };
 
 extern const Kernels kPortableKernels;

@@ -3,6 +3,7 @@
 
 #include "kernels.hpp"
 #include "product.hpp"
+#include "rotate.hpp"
 
 namespace fewbit {
 namespace {
@@ -65,6 +66,6 @@ struct Vec {
 }  // namespace
 
 const Kernels kAvx2Kernels = {"avx2", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
-                              &kAvx2Product};
+                              &kAvx2Product, rotate_quantize_avx2};
 
 }  // namespace fewbit

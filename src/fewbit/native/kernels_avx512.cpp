@@ -3,6 +3,7 @@
 
 #include "kernels.hpp"
 #include "product.hpp"
+#include "rotate.hpp"
 
 namespace fewbit {
 namespace {
@@ -146,6 +147,6 @@ void decode_row_group(const DecodeJob& job, int64_t index) {
 }  // namespace
 
 const Kernels kAvx512Kernels = {"avx512", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
-                                &kAvx512Product};
+                                &kAvx512Product, rotate_quantize_avx512};
 
 }  // namespace fewbit

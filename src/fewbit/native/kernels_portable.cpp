@@ -1,6 +1,7 @@
 // Plain C++ for every machine; compilers turn the short loops into whatever vectors they have.
 #include "kernels.hpp"
 #include "product.hpp"
+#include "rotate.hpp"
 
 namespace fewbit {
 namespace {
@@ -65,6 +66,6 @@ struct Vec {
 }  // namespace
 
 const Kernels kPortableKernels = {"portable", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
-                                  &kPortableProduct};
+                                  &kPortableProduct, rotate_quantize_portable};
 
 }  // namespace fewbit

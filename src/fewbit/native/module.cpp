@@ -141,6 +141,7 @@ NB_MODULE(_native, m) {
           "(error U = weight - values) and weighted (weighted U = values).");
     m.def("trellis_dequantize", &dequantize, "codes"_a.noconvert(), "scales"_a.noconvert(), "tables"_a.noconvert(),
           "bits"_a, "group"_a, "out"_a.noconvert(), "Fill out float32 [N, K] with the weights that codes stand for.");
+    bind_rotate(m);
     bind_product(m);
     bind_memory(m);
 }

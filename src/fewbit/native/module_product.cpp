@@ -1,4 +1,4 @@
-// The Python face of the kernels of inference: checks every argument, releases the interpreter lock, runs the kernels.
+// The Python face of the products: checks every argument, releases the interpreter lock, runs the kernels.
 #include "arguments.hpp"
 
 #include <nanobind/stl/optional.h>
@@ -14,6 +14,7 @@
 
 #include "cpu.hpp"
 #include "product.hpp"
+#include "rotate.hpp"
 #include "threads.hpp"
 
 using namespace nb::literals;
@@ -22,61 +23,6 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kWorkOfAThread = 1 << 19;       // products worth waking another thread for
-constexpr int64_t kTokenWork = 1 << 15;           // inputs to rotate worth the same
-constexpr int kPiecesPerThread = 8;
-
-// A matrix of 4-byte floats, or of 16-bit ones given as uint16.
-using Floats = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Signs = Array<const uint8_t, 1>;
-
-bool is_bf16(const char* name, const Floats& array) {
-    const bool half = array.dtype() == nb::dtype<uint16_t>();
-    require(half || array.dtype() == nb::dtype<float>(), std::string(name) + " must be float32 or 16 bits as uint16");
-    return half;
-}
-
-// One thread or all: a pool of another size would have to be made anew.
-int threads_for(int64_t work, int64_t grain) { return work < 2 * grain ? 1 : num_threads(); }
-
-// Hands out `count` indices in runs, so that memory is read in long stretches and neighbouring outputs come from
-// one thread.
-template <class Body>
-void run(int threads, int64_t count, const Body& body) {
-    const int64_t length = threads == 1 ? count : std::max<int64_t>(1, count / (threads * kPiecesPerThread));
-    if (count == 0) return;
-    parallel_for(threads, (count + length - 1) / length, [&](int64_t piece, int worker) {
-        const int64_t end = std::min(count, (piece + 1) * length);
-        for (int64_t index = piece * length; index < end; ++index) body(index, worker);
-    });
-}
-
-void require_block(int block, int64_t group) {
-    require(block == 32 || block == 64 || block == 128 || block == 256,
-            "the block must be 32, 64, 128 or 256, not " + std::to_string(block));
-    require(group % block == 0, "the block must divide the scale group");
-}
-
-void rotate(const RotateJob& job, int64_t tokens) {
-    const ProductKernels& use = *kernels().product;
-    run(threads_for(tokens * job.cols, kTokenWork), tokens, [&](int64_t token, int) { use.rotate_quantize(job, token); });
-}
-
-void rotate_quantize(const Floats& x, const std::optional<Signs>& signs, int block, int group,
-                     const Array<int8_t, 2>& q, const Array<float, 2>& scale, const Array<int32_t, 2>& sums) {
-    const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
-    const bool bf16 = is_bf16("x", x);
-    require_group(group);
-    require_block(block, group);
-    require(cols % group == 0, "the scale group must divide the inputs");
-    if (signs) require_length("signs", *signs, (cols + 7) / 8);
-    require_shape("q", q, tokens, cols);
-    require_shape("scale", scale, tokens, cols / group);
-    require_shape("sums", sums, tokens, cols / group);
-    nb::gil_scoped_release release;
-    const RotateJob job{x.data(), bf16, signs ? signs->data() : nullptr, q.data(), scale.data(), sums.data(), cols,
-                        block,    group};
-    rotate(job, tokens);
-}
 
 // Every sum of one entry of each table fits into a byte exactly if the extremes do.
 void require_tables(const Array<const int8_t, 1>& tables) {
@@ -256,8 +202,7 @@ void linear(const Floats& x, const std::optional<Signs>& signs, int block, const
     require(!matrices.empty() && matrices.size() == outs.size(), "every matrix needs its output");
     const bool bf16 = is_bf16("x", x);
     const int group = matrices[0]->group();
-    require_block(block, group);
-    if (signs) require_length("signs", *signs, (cols + 7) / 8);
+    require_rotation(cols, signs, block, group);
     std::vector<ProductJob> jobs;
     for (size_t i = 0; i < matrices.size(); ++i) {
         require(matrices[i] != nullptr, "a matrix is missing");
@@ -281,9 +226,6 @@ void linear(const Floats& x, const std::optional<Signs>& signs, int block, const
 }  // namespace
 
 void bind_product(nb::module_& m) {
-    m.def("rotate_quantize", &rotate_quantize, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "group"_a,
-          "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(),
-          "Rotate x float32 or bfloat16 bits [T, K] and quantize it to q int8 [T, K], scale and sums [T, K / group].");
     nb::class_<Matrix>(m, "Matrix", "The parts of a packed matrix [N, K], checked and kept alive.")
         .def(nb::init<Array<const uint8_t, 2>, Array<const uint16_t, 2>, float, std::optional<Array<const int8_t, 1>>,
                       std::optional<Array<const float, 1>>, int64_t, int, const std::string&>(),

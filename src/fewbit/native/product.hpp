@@ -1,4 +1,4 @@
-// The kernels of inference, once per instruction set: quantizing inputs and multiplying them with packed weights.
+// The products of quantized inputs with packed weights, once per instruction set.
 // Nothing here allocates, throws or knows about Python; jobs are checked before they get here.
 #pragma once
 
@@ -16,21 +16,6 @@ constexpr int kLaneCols = 64;                                 // columns whose c
 constexpr int kLaneChunks = 16;                               // these chunks, of one row group
 constexpr int kMaxLaneGroups = 4;
 constexpr int kSlack = 64;                                    // bytes around a group's codes that kernels may read
-constexpr float kQuantMax = 127.0f;
-constexpr float kSmallest = 1e-30f;                           // groups with less than this count as zero
-
-// Inputs to 8 bits. Float operations are rounded one by one, in the order of the torch reference.
-struct RotateJob {
-    const void* x;                                            // [tokens, cols] float, or bfloat16 as its bits
-    bool bf16;
-    const uint8_t* signs;                                     // bits [cols / 8], set where -1; null: none
-    int8_t* q;                                                // [tokens, cols]
-    float* scale;                                             // [tokens, cols / group]
-    int32_t* sums;                                            // [tokens, cols / group]
-    int64_t cols;
-    int block;                                                // 32, 64, 128 or 256
-    int group;                                                // a multiple of block, at most kMaxGroup
-};
 
 // What the codes of a matrix mean. All take 2 * bits * cols bytes per row group and start anew in every scale group.
 enum class Code {
@@ -75,7 +60,6 @@ struct PanelKernels {
 };
 
 struct ProductKernels {
-    void (*rotate_quantize)(const RotateJob& job, int64_t token);
     // Products of at most `few` tokens may read q itself, work on one row group and need no packing.
     int few;
     void (*multiply_few)(const ProductJob& job, int64_t row_group, ProductScratch& scratch);

@@ -8,7 +8,6 @@
 namespace fewbit {
 namespace {
 
-#include "rotate_quantize.hpp"
 #include "lanes.hpp"
 #include "packed_product.hpp"
 #include "product_ymm.hpp"
@@ -24,7 +23,7 @@ struct Dots {
 
 }  // namespace
 
-const ProductKernels kAvx2Product = {rotate_quantize<Rotation>, 0, nullptr, panel_kernels<Narrow<Dots>>(),
+const ProductKernels kAvx2Product = {0, nullptr, panel_kernels<Narrow<Dots>>(),
                                      panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX};
 
 }  // namespace fewbit

@@ -4,11 +4,11 @@
 #include <utility>
 
 #include "product.hpp"
+#include "rotate.hpp"
 
 namespace fewbit {
 namespace {
 
-#include "rotate_quantize.hpp"
 #include "lanes.hpp"
 #include "packed_product.hpp"
 #include "product_ymm.hpp"
@@ -21,11 +21,11 @@ struct Dots {
 
 }  // namespace
 
-const ProductKernels kAvxVnniProduct = {kAvx2Product.rotate_quantize, 0, nullptr, panel_kernels<Narrow<Dots>>(),
+const ProductKernels kAvxVnniProduct = {0, nullptr, panel_kernels<Narrow<Dots>>(),
                                         panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX};
 
-// Encoding gains nothing from VNNI.
+// The rest gains nothing from VNNI.
 const Kernels kAvxVnniKernels = {"avxvnni", kAvx2Kernels.encode_stream, kAvx2Kernels.encode_row_group,
-                                 kAvx2Kernels.decode_row_group, &kAvxVnniProduct};
+                                 kAvx2Kernels.decode_row_group, &kAvxVnniProduct, rotate_quantize_avx2};
 
 }  // namespace fewbit

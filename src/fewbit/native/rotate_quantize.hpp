@@ -1,27 +1,28 @@
-// Signs, Walsh-Hadamard transform and quantization of one token, written once over a small vector type.
+// Prologue, signs, Walsh-Hadamard transform and quantization of one token, written once over a small vector type.
 // Include inside an anonymous namespace only: every unit compiles its own copy with its own flags.
 //
 // The order is that of the torch reference: sums and differences at distance 1, 2, 4, ..., one product with
-// 1 / sqrt(block), then q = nearest(y * (127 / largest)). Magnitudes are compared as the integers that their
+// 1 / sqrt(block), then q = nearest(y * (qmax / largest)). Magnitudes are compared as the integers that their
 // bits are, so a NaN is the largest of all and never gets lost.
+//
+// A unit provides V: floats in vectors of `lanes`, of which `held` stay in registers while they are rotated.
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr int kStretch = 512;                     // columns that take a step together: as many units as fit
 
-template <class V, int Block>
-inline void rotate_block(const RotateJob& job, int64_t offset, int64_t col, float norm, float* out,
-                         typename V::Bits& largest) {
-    constexpr int N = Block / V::lanes;
+// Butterflies of N vectors that lie `step` vectors apart, at the distances 1, 2, ..., N / 2 times that; before them
+// those inside each vector if First, after them the product with `norm` if Last.
+template <class V, int N, bool First, bool Last>
+inline void butterflies(float* y, int step, float norm) {
     typename V::Floats v[N];
-#pragma GCC unroll 32
+#pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-        const int64_t at = offset + col + i * V::lanes;
-        v[i] = job.bf16 ? V::load(static_cast<const uint16_t*>(job.x) + at) : V::load(static_cast<const float*>(job.x) + at);
-        if (job.signs) v[i] = V::flip(v[i], job.signs + (col + i * V::lanes) / 8);
-        v[i] = V::inner_butterflies(v[i]);
+        v[i] = V::load(y + i * step * V::lanes);
+        if (First) v[i] = V::inner_butterflies(v[i]);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int half = 1; half < N; half *= 2) {
-#pragma GCC unroll 32
+#pragma GCC unroll 16
         for (int i = 0; i < N; ++i) {
             if (i & half) continue;
             const auto low = v[i], high = v[i + half];
@@ -29,46 +30,79 @@ inline void rotate_block(const RotateJob& job, int64_t offset, int64_t col, floa
             v[i + half] = V::sub(low, high);
         }
     }
-#pragma GCC unroll 32
-    for (int i = 0; i < N; ++i) {
-        const auto y = V::mul(v[i], V::broadcast(norm));
-        largest = V::larger(largest, V::magnitude(y));
-        V::store(out + i * V::lanes, y);
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) V::store(y + i * step * V::lanes, Last ? V::mul(v[i], V::broadcast(norm)) : v[i]);
 }
 
 template <class V, int Block>
-void rotate_quantize_blocks(const RotateJob& job, int64_t token) {
-    const int64_t groups = job.cols / job.group, offset = token * job.cols;
+inline void rotate_block(float* y) {
+    constexpr int vectors = Block / V::lanes, near = vectors < V::held ? vectors : V::held, far = vectors / near;
     const float norm = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(Block)));
-    alignas(64) float y[kMaxGroup];
-    for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = g * job.group;
-        auto most = V::nothing();
-        for (int col = 0; col < job.group; col += Block)
-            rotate_block<V, Block>(job, offset, first + col, norm, y + col, most);
-        const uint32_t bits = V::largest_of(most);
-        float largest;
-        __builtin_memcpy(&largest, &bits, 4);
-        float* scale = job.scale + token * groups + g;
-        int32_t* sum = job.sums + token * groups + g;
-        if (bits >= kInfinityBits || largest < kSmallest) {
-            *scale = bits >= kInfinityBits ? __builtin_nanf("") : 0.0f;
-            *sum = 0;
-            __builtin_memset(job.q + offset + first, 0, static_cast<size_t>(job.group));
-            continue;
+    for (int i = 0; i < far; ++i) butterflies<V, near, true, far == 1>(y + i * near * V::lanes, 1, norm);
+    for (int i = 0; far > 1 && i < near; ++i) butterflies<V, far, false, true>(y + i * V::lanes, near, norm);
+}
+
+template <class V>
+inline void rotate_blocks(float* y, int count, int block) {
+    for (int col = 0; block > 1 && col < count; col += block) {
+        switch (block) {
+            case 32: rotate_block<V, 32>(y + col); break;
+            case 64: rotate_block<V, 64>(y + col); break;
+            case 128: rotate_block<V, 128>(y + col); break;
+            default: rotate_block<V, 256>(y + col);
         }
-        *scale = largest / kQuantMax;
-        *sum = V::quantize(y, job.group, kQuantMax / largest, job.q + offset + first);
+    }
+}
+
+template <class V>
+inline void quantize_group(const RotateJob& job, const float* y, int8_t* q, float* scale, int32_t* sum) {
+    auto magnitudes = V::nothing();
+    for (int i = 0; i < job.group; i += V::lanes) magnitudes = V::larger(magnitudes, V::magnitude(V::load(y + i)));
+    const uint32_t bits = V::largest_of(magnitudes);
+    float largest;
+    __builtin_memcpy(&largest, &bits, 4);
+    if (bits >= kInfinityBits || largest < kSmallest) {
+        *scale = bits >= kInfinityBits ? __builtin_nanf("") : 0.0f;
+        *sum = 0;
+        __builtin_memset(q, 0, static_cast<size_t>(job.group));
+        return;
+    }
+    *scale = largest / job.qmax;
+    *sum = V::quantize(y, job.group, job.qmax / largest, q);
+}
+
+template <class V, class T, Prologue P>
+void rotate_quantize_token(const RotateJob& job, int64_t token) {
+    const int64_t groups = job.cols / job.group, offset = token * job.cols;
+    const int unit = job.block > job.group ? job.block : job.group;
+    float factor = 0;
+    if constexpr (P == Prologue::rms_norm)
+        factor = inverse_root_mean_square<V>(static_cast<const T*>(job.x) + offset, job.cols, job.eps);
+    alignas(64) float y[kStretch];
+    const int stretch = kStretch / unit * unit;
+    for (int64_t first = 0; first < job.cols; first += stretch) {
+        const int count = job.cols - first < stretch ? static_cast<int>(job.cols - first) : stretch;
+        prepare<V, T, P>(job, offset, first, count, factor, y);
+        rotate_blocks<V>(y, count, job.block);
+        for (int col = 0; col < count; col += job.group) {
+            const int64_t g = token * groups + (first + col) / job.group;
+            quantize_group<V>(job, y + col, job.q + offset + first + col, job.scale + g, job.sums + g);
+        }
+    }
+}
+
+template <class V, class T>
+void rotate_quantize_inputs(const RotateJob& job, int64_t token) {
+    switch (job.prologue) {
+        case Prologue::none: return rotate_quantize_token<V, T, Prologue::none>(job, token);
+        case Prologue::rms_norm: return rotate_quantize_token<V, T, Prologue::rms_norm>(job, token);
+        case Prologue::silu: return rotate_quantize_token<V, T, Prologue::silu>(job, token);
+        case Prologue::gelu_tanh: return rotate_quantize_token<V, T, Prologue::gelu_tanh>(job, token);
     }
 }
 
 template <class V>
 void rotate_quantize(const RotateJob& job, int64_t token) {
-    switch (job.block) {
-        case 32: return rotate_quantize_blocks<V, 32>(job, token);
-        case 64: return rotate_quantize_blocks<V, 64>(job, token);
-        case 128: return rotate_quantize_blocks<V, 128>(job, token);
-        default: return rotate_quantize_blocks<V, 256>(job, token);
-    }
+    if (job.bf16) return rotate_quantize_inputs<V, uint16_t>(job, token);
+    rotate_quantize_inputs<V, float>(job, token);
 }

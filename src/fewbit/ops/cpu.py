@@ -18,21 +18,59 @@ NATIVE_FLOATS = (torch.float32, torch.bfloat16)
 
 
 def rotate_quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int
+    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int, bits: int = 8
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.rotate_quantize`; `ValueError` for arguments that do not fit."""
     schemas.require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
-    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group)
+    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
     native = load_native()
     if native is None:
-        return reference.rotate_quantize(x, signs, block, group)
-    x = x.contiguous() if x.dtype in NATIVE_FLOATS else x.float().contiguous()
-    tokens, cols = x.shape
-    q = torch.empty(tokens, cols, dtype=torch.int8)
-    scale = torch.empty(tokens, cols // group)
-    sums = torch.empty(tokens, cols // group, dtype=torch.int32)
-    native.rotate_quantize(_bits(x), signs, block, group, q, scale, sums)
-    return q, scale, sums
+        return reference.rotate_quantize(x, signs, block, group, bits)
+    found = schemas.empty_quantized(x, group)
+    native.rotate_quantize(_floats(x), _contiguous(signs), block, group, bits, *found)
+    return found
+
+
+def rms_norm_rotate_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.rms_norm_rotate_quantize`; `ValueError` for arguments that do not fit."""
+    schemas.check_norm(x, weight, eps)
+    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
+    native = load_native()
+    if native is None:
+        return reference.rms_norm_rotate_quantize(x, weight, eps, signs, block, group, bits)
+    found = schemas.empty_quantized(x, group)
+    native.rms_norm_rotate_quantize(
+        _floats(x), weight.float().contiguous(), eps, _contiguous(signs), block, group, bits, *found
+    )
+    return found
+
+
+def gated_rotate_quantize(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.gated_rotate_quantize`; `ValueError` for arguments that do not fit."""
+    schemas.check_gate(gate, up, activation)
+    schemas.check_rotation(gate.shape[1], gate.dtype, signs, block, group, bits, "gate")
+    native = load_native()
+    if native is None:
+        return reference.gated_rotate_quantize(gate, up, activation, signs, block, group, bits)
+    found = schemas.empty_quantized(gate, group)
+    native.gated_rotate_quantize(_floats(gate), _floats(up), activation, _contiguous(signs), block, group, bits, *found)
+    return found
 
 
 def packed_linear(
@@ -106,7 +144,7 @@ def linears(
     outs = [torch.empty(rows.shape[0], s.shape[0], dtype=dtype) for s in scales]
     native.linear(
         _bits(rows.to(dtype)),
-        signs,
+        _contiguous(signs),
         block,
         [_matrix(native, cols, *parts, code) for parts in matrices],
         [_bits(out) for out in outs],
@@ -138,6 +176,15 @@ def _matrix(
     )
 
 
+def _floats(x: torch.Tensor) -> torch.Tensor:
+    """Inputs as native code takes them: contiguous float32, or the bits of bfloat16."""
+    return _bits(x.contiguous() if x.dtype in NATIVE_FLOATS else x.float().contiguous())
+
+
+def _contiguous(signs: torch.Tensor | None) -> torch.Tensor | None:
+    return None if signs is None else signs.contiguous()
+
+
 def _bits(x: torch.Tensor) -> torch.Tensor:
     """16-bit floats as the integers that native code takes them as; others as they are."""
     return x.view(torch.uint16) if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -146,6 +193,8 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 # Devices without a kernel of their own compute what the specification says.
 for _name, _native, _reference in (
     ("rotate_quantize", rotate_quantize, reference.rotate_quantize),
+    ("rms_norm_rotate_quantize", rms_norm_rotate_quantize, reference.rms_norm_rotate_quantize),
+    ("gated_rotate_quantize", gated_rotate_quantize, reference.gated_rotate_quantize),
     ("packed_linear", packed_linear, reference.packed_linear),
     ("linear", linear, reference.linear),
     ("linears", linears, reference.linears),

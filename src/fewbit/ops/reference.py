@@ -11,14 +11,14 @@ from fewbit.formats.int4 import unpack_nibbles
 from fewbit.formats.trellis import TILE, from_stream, unpack_windows, window_values
 from fewbit.math.hadamard import unpack_signs
 from fewbit.ops.layouts import from_lanes
+from fewbit.ops.schemas import LARGEST
 
-QMAX = 127
 SMALLEST = 1e-30  # groups whose largest magnitude is below this count as zero
 
 
 def butterflies(x: torch.Tensor, block: int) -> torch.Tensor:
     """The Walsh-Hadamard transform of float32 `[T, K]` by blocks: sums and differences at distance 1, 2, 4, ...,
-    then one product with `1 / sqrt(block)` rounded to float32."""
+    then one product with `1 / sqrt(block)` rounded to float32. A block of 1 changes nothing."""
     tokens, cols = x.shape
     stride = 1
     while stride < block:
@@ -28,15 +28,63 @@ def butterflies(x: torch.Tensor, block: int) -> torch.Tensor:
     return x * torch.tensor(block, dtype=torch.float64).rsqrt().float()
 
 
-def rotate_quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotate inputs and quantize them to 8 bits, symmetrically, one scale per token and group.
+def exp_minus(x: torch.Tensor) -> torch.Tensor:
+    """`exp(-x)` of float32 `x`, limited to [-89, 86] first; infinity below -88.73, within 1 ulp above.
 
-    `x` is float `[T, K]`, `signs` packed bits uint8 `[ceil(K / 8)]` (None: all +1). Returns `q` int8 `[T, K]`,
-    `scale` float32 `[T, K / group]` (largest magnitude / 127) and `sums` int32 `[T, K / group]`, the sums of
-    q's groups. q is `rotated * (127 / largest)` rounded to the nearest, ties to even. A group whose largest
-    magnitude is below 1e-30 gets scale 0, one that holds NaN or infinity scale NaN; q is 0 in both.
+    With `n = nearest(-x / ln 2)` and `r = x + n ln 2`, ln 2 being split in two so that n's product with the larger
+    part is exact, it is `2^n (1 - r + r^2 p(r))` with the polynomial p whose largest relative error is smallest.
+    """
+    x = x.clamp(-89.0, 86.0)
+    shifted = x * -1.44269502 + 12583038.0  # 1.5 * 2^23 + 126: leaves n + 126 in the low bits
+    n = shifted - 12583038.0
+    r = (x + n * 0.693145752) + n * 1.4286068e-06
+    square = r * r
+    upper = ((square * 0.00138214685 + r * -0.00836866256) + 0.0416682549) * square
+    lower = r * -0.166665211 + 0.49999994
+    p = ((upper + lower) * square - r) + 1.0
+    return (p + p) * (shifted.view(torch.int32) << 23).view(torch.float32)  # n + 126 as the exponent: 2^(n - 1)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`activation(gate) * up` in float32, for float tensors of one shape.
+
+    Both activations are `gate / (1 + exp(-t))`: "silu" with `t = gate`; "gelu_tanh", GELU in its tanh form, with
+    `t = 2 sqrt(2 / pi) (gate + 0.044715 gate^3)`, which is the tanh written as an exponential.
+    """
+    gate = gate.float()
+    t = gate * (gate * gate * 0.0713548139 + 1.59576917) if activation == "gelu_tanh" else gate
+    return gate / (exp_minus(t) + 1.0) * up.float()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x * (1 / sqrt(mean(x^2) + eps)) * weight` in float32, for float `x [T, K]` and `weight [K]`.
+
+    The squares go into 64 interleaved partial sums (sum l takes columns l, l + 64, ... in order), whose upper half
+    is added to the lower one until one is left. A row of zeros needs eps > 0.
+    """
+    x = x.float()
+    partial = torch.zeros(x.shape[0], 64, device=x.device)
+    for columns in torch.nn.functional.pad(x * x, (0, -x.shape[1] % 64)).split(64, 1):
+        partial = partial + columns
+    while partial.shape[1] > 1:
+        low, high = partial.chunk(2, 1)
+        partial = low + high
+    mean = partial / torch.full_like(partial, x.shape[1])
+    root = (mean + eps).double().sqrt().float()  # torch's own float32 root is not always the nearest
+    return x * (torch.ones_like(root) / root) * weight.float()
+
+
+def rotate_quantize(
+    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int, bits: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotate inputs and quantize them to 8 or 4 bits, symmetrically, one scale per token and group.
+
+    `x` is float `[T, K]`, `signs` packed bits uint8 `[ceil(K / 8)]` (None: all +1), `block` 32, 64, 128 or 256, or
+    1 for no rotation, which takes no signs; `group` is a multiple of 32 up to 256 and a multiple or a divisor of the
+    block. Returns `q` int8 `[T, K]`, `scale` float32 `[T, K / group]` (largest magnitude / m) and `sums` int32
+    `[T, K / group]`, the sums of q's groups. q is `rotated * (m / largest)` rounded to the nearest, ties to even;
+    m is 127, or 7 for 4 bits. A group whose largest magnitude is below 1e-30 gets scale 0, one that holds NaN or
+    infinity scale NaN; q is 0 in both.
     """
     tokens, cols = x.shape
     y = x.float()
@@ -45,12 +93,38 @@ def rotate_quantize(
     y = butterflies(y, block).view(tokens, cols // group, group)
     largest = y.abs().amax(2)
     usable = torch.isfinite(largest) & (largest >= SMALLEST)
-    most = torch.full_like(largest, QMAX)  # a tensor: torch turns `127 / x` into two roundings
+    most = torch.full_like(largest, LARGEST[bits])  # a tensor: torch turns `127 / x` into two roundings
     inverse = torch.where(usable, most / largest, torch.zeros_like(largest))
     q = torch.where(usable[..., None], (y * inverse[..., None]).round(), torch.zeros_like(y)).to(torch.int8)
     scale = torch.where(usable, largest / most, torch.zeros_like(largest))
     scale = torch.where(torch.isfinite(largest), scale, torch.full_like(scale, torch.nan))
     return q.view(tokens, cols), scale, q.sum(2, dtype=torch.int32)
+
+
+def rms_norm_rotate_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rms_norm`, then `rotate_quantize`."""
+    return rotate_quantize(rms_norm(x, weight, eps), signs, block, group, bits)
+
+
+def gated_rotate_quantize(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gated`, then `rotate_quantize`."""
+    return rotate_quantize(gated(gate, up, activation), signs, block, group, bits)
 
 
 def integer_weights(

@@ -16,11 +16,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 3, 4)
 CODES = ("trellis", "lanes", "nibbles")
 _WIDTHS = {code: "nibbles have 4 bits" if code == "nibbles" else "the trellis has 2, 3 or 4 bits" for code in CODES}
+LARGEST = {8: 127, 4: 7}  # by the bits of quantized inputs
+ACTIVATIONS = ("silu", "gelu_tanh")
 ROW_GROUP = 16
 MAX_GROUP = 256
 
 torch.library.define(
-    "fewbit::rotate_quantize", "(Tensor x, Tensor? signs, int block, int group) -> (Tensor, Tensor, Tensor)"
+    "fewbit::rotate_quantize",
+    "(Tensor x, Tensor? signs, int block, int group, int bits=8) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fewbit::rms_norm_rotate_quantize",
+    "(Tensor x, Tensor weight, float eps, Tensor? signs, int block, int group, int bits=8) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fewbit::gated_rotate_quantize",
+    "(Tensor gate, Tensor up, str activation, Tensor? signs, int block, int group, int bits=8) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fewbit::packed_linear",
@@ -50,18 +62,50 @@ def _require_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dty
         raise ValueError(f"{name} must be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
 
 
-def check_rotation(cols: int, dtype: torch.dtype, signs: torch.Tensor | None, block: int, group: int) -> None:
+def check_rotation(
+    cols: int, dtype: torch.dtype, signs: torch.Tensor | None, block: int, group: int, bits: int = 8, name: str = "x"
+) -> None:
     """Raise `ValueError` unless inputs of `cols` columns can be rotated and quantized like that."""
-    require(dtype in FLOATS, f"x must be float32, bfloat16 or float16, not {dtype}")
+    require(dtype in FLOATS, f"{name} must be float32, bfloat16 or float16, not {dtype}")
     power = block > 0 and block & (block - 1) == 0
-    require(power and MIN_BLOCK <= block <= MAX_BLOCK, f"the block must be 32, 64, 128 or 256, not {block}")
     require(
-        0 < group <= MAX_GROUP and group % block == 0,
-        f"the scale group must be a multiple of the block {block} up to {MAX_GROUP}, not {group}",
+        block == 1 or (power and MIN_BLOCK <= block <= MAX_BLOCK),
+        f"the block must be 32, 64, 128 or 256, not {block}; 1 stands for no rotation",
+    )
+    require(
+        0 < group <= MAX_GROUP and group % MIN_BLOCK == 0,
+        f"the scale group must be a multiple of {MIN_BLOCK} up to {MAX_GROUP}, not {group}",
+    )
+    require(
+        group % block == 0 or block % group == 0,
+        f"the scale group must be a multiple of the block {block} or divide it, not {group}",
     )
     require(cols % group == 0, f"{cols} inputs are not a multiple of the scale group {group}")
+    require(cols % block == 0, f"{cols} inputs are not a multiple of the block {block}")
+    require(bits in LARGEST, f"inputs are quantized to 8 or 4 bits, not {bits}")
+    require(block > 1 or signs is None, "signs must be None for block 1: where nothing is rotated nothing changes sign")
     if signs is not None:
         _require_tensor("signs", signs, (-(-cols // 8),), torch.uint8)
+
+
+def check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Raise `ValueError` unless inputs `[T, K]` can be normalized with this gain."""
+    require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
+    require(
+        weight.dtype in FLOATS and weight.shape == x.shape[1:],
+        f"weight must be float [{x.shape[1]}], not {weight.dtype} {list(weight.shape)}",
+    )
+    require(0 <= eps <= 1, f"eps must be from 0 to 1, not {eps}")
+
+
+def check_gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+    """Raise `ValueError` unless these are the two halves of a gated activation."""
+    require(gate.dim() == 2, f"gate must be [T, K], not {list(gate.shape)}")
+    require(
+        up.dtype == gate.dtype and up.shape == gate.shape,
+        f"up must be {gate.dtype} {list(gate.shape)} like gate, not {up.dtype} {list(up.shape)}",
+    )
+    require(activation in ACTIVATIONS, f"activation must be silu or gelu_tanh, not {activation!r}")
 
 
 def check_weights(
@@ -114,18 +158,53 @@ def check_inputs(q: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor, group
     _require_tensor("sums", sums, (q.shape[0], groups), torch.int32)
 
 
-@torch.library.register_fake("fewbit::rotate_quantize")
-def _rotate_quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
-    check_rotation(x.shape[1], x.dtype, signs, block, group)
+def empty_quantized(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`q`, `scale` and `sums` for inputs `[T, K]`, not filled."""
     shape = (x.shape[0], x.shape[1] // group)
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(shape, dtype=torch.float32),
         x.new_empty(shape, dtype=torch.int32),
     )
+
+
+@torch.library.register_fake("fewbit::rotate_quantize")
+def _rotate_quantize(
+    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int, bits: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
+    check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
+    return empty_quantized(x, group)
+
+
+@torch.library.register_fake("fewbit::rms_norm_rotate_quantize")
+def _rms_norm_rotate_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_norm(x, weight, eps)
+    check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
+    return empty_quantized(x, group)
+
+
+@torch.library.register_fake("fewbit::gated_rotate_quantize")
+def _gated_rotate_quantize(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_gate(gate, up, activation)
+    check_rotation(gate.shape[1], gate.dtype, signs, block, group, bits, "gate")
+    return empty_quantized(gate, group)
 
 
 @torch.library.register_fake("fewbit::packed_linear")
