@@ -147,6 +147,7 @@ public:
         job_.bits = bits;
     }
 
+    int64_t rows() const { return job_.rows; }
     int64_t cols() const { return job_.cols; }
     int group() const { return job_.group; }
 
@@ -157,6 +158,14 @@ public:
         ProductJob job = job_;
         job.bf16 = is_bf16("out", out);
         job.out = out.data();
+        job.tokens = tokens;
+        return job;
+    }
+
+    // The same for an output float [tokens, rows] of our own.
+    ProductJob job(float* out, int64_t tokens) const {
+        ProductJob job = job_;
+        job.out = out;
         job.tokens = tokens;
         return job;
     }
@@ -195,14 +204,46 @@ struct Quantized {
           sums(new int32_t[static_cast<size_t>(tokens * groups)]) {}
 };
 
+void set_inputs(ProductJob& job, const Quantized& inputs) {
+    job.q = inputs.q.get();
+    job.input_scale = inputs.scale.get();
+    job.sums = inputs.sums.get();
+}
+
+float largest_of(int act_bits) {
+    require(act_bits == 8 || act_bits == 4, "activations have 8 or 4 bits, not " + std::to_string(act_bits));
+    return act_bits == 8 ? 127.0f : 7.0f;
+}
+
+// The rotation of inputs x, to be quantized in groups of `group`.
+RotateJob rotation_of(const Floats& x, const std::optional<Signs>& signs, int block, int group, int act_bits) {
+    require_rotation(static_cast<int64_t>(x.shape(1)), signs, block, group);
+    RotateJob job{};
+    job.x = x.data();
+    job.bf16 = is_bf16("x", x);
+    job.signs = signs ? signs->data() : nullptr;
+    job.cols = static_cast<int64_t>(x.shape(1));
+    job.block = block;
+    job.group = group;
+    job.qmax = largest_of(act_bits);
+    return job;
+}
+
+void quantize(RotateJob job, int64_t tokens, const Quantized& to) {
+    job.q = to.q.get();
+    job.scale = to.scale.get();
+    job.sums = to.sums.get();
+    rotate(job, tokens);
+}
+
 // Both steps in one call, for every matrix that reads the same inputs.
-void linear(const Floats& x, const std::optional<Signs>& signs, int block, const std::vector<const Matrix*>& matrices,
-            const std::vector<Floats>& outs) {
+void linear(const Floats& x, const std::optional<Signs>& signs, int block, int act_bits,
+            const std::vector<const Matrix*>& matrices, const std::vector<Floats>& outs) {
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
     require(!matrices.empty() && matrices.size() == outs.size(), "every matrix needs its output");
-    const bool bf16 = is_bf16("x", x);
+    require(matrices[0] != nullptr, "a matrix is missing");
     const int group = matrices[0]->group();
-    require_rotation(cols, signs, block, group);
+    const RotateJob rotation = rotation_of(x, signs, block, group, act_bits);
     std::vector<ProductJob> jobs;
     for (size_t i = 0; i < matrices.size(); ++i) {
         require(matrices[i] != nullptr, "a matrix is missing");
@@ -212,15 +253,51 @@ void linear(const Floats& x, const std::optional<Signs>& signs, int block, const
     }
     nb::gil_scoped_release release;
     const Quantized inputs(tokens, cols, cols / group);
-    rotate({x.data(), bf16, signs ? signs->data() : nullptr, inputs.q.get(), inputs.scale.get(), inputs.sums.get(),
-            cols, block, group},
-           tokens);
-    for (ProductJob& job : jobs) {
-        job.q = inputs.q.get();
-        job.input_scale = inputs.scale.get();
-        job.sums = inputs.sums.get();
-    }
+    quantize(rotation, tokens, inputs);
+    for (ProductJob& job : jobs) set_inputs(job, inputs);
     multiply(std::move(jobs));
+}
+
+// Rows of `first` bytes each followed by rows of `second` bytes, token by token.
+template <class T>
+void join(const T* a, int64_t first, const T* b, int64_t second, int64_t tokens, T* out) {
+    for (int64_t t = 0; t < tokens; ++t, out += first + second) {
+        std::copy(a + t * first, a + (t + 1) * first, out);
+        std::copy(b + t * second, b + (t + 1) * second, out + first);
+    }
+}
+
+// A twin layer: the inputs are quantized once, the low-rank part's product is quantized where it lies in cache and
+// becomes further inputs of one product with both components side by side.
+void twin_linear(const Floats& x, const std::optional<Signs>& signs, int block, int act_bits, const Matrix& down,
+                 const Matrix& both, const Floats& out) {
+    const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
+    const int64_t rank = down.rows(), all = both.cols();
+    const int group = down.group();
+    require(down.cols() == cols && all == cols + rank && both.group() == group && rank % group == 0,
+            "a twin layer has matrices [r, K] and [N, K + r] with the same scale groups, which divide r");
+    const RotateJob rotation = rotation_of(x, signs, block, group, act_bits);
+    ProductJob second = both.job(out, tokens);
+    nb::gil_scoped_release release;
+    const Quantized inputs(tokens, cols, cols / group), middle(tokens, rank, rank / group);
+    const Quantized joined(tokens, all, all / group);
+    quantize(rotation, tokens, inputs);
+    const std::unique_ptr<float[]> h(new float[static_cast<size_t>(tokens * rank)]);
+    ProductJob first = down.job(h.get(), tokens);
+    set_inputs(first, inputs);
+    multiply({first});
+    RotateJob plain{};
+    plain.x = h.get();
+    plain.cols = rank;
+    plain.block = 1;
+    plain.group = group;
+    plain.qmax = rotation.qmax;
+    quantize(plain, tokens, middle);
+    join(inputs.q.get(), cols, middle.q.get(), rank, tokens, joined.q.get());
+    join(inputs.scale.get(), cols / group, middle.scale.get(), rank / group, tokens, joined.scale.get());
+    join(inputs.sums.get(), cols / group, middle.sums.get(), rank / group, tokens, joined.sums.get());
+    set_inputs(second, joined);
+    multiply({second});
 }
 
 }  // namespace
@@ -234,8 +311,11 @@ void bind_product(nb::module_& m) {
     m.def("packed_linear", &packed_linear, "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(), "matrix"_a,
           "out"_a.noconvert(),
           "Fill out float32 or bfloat16 bits [T, N] with the product of quantized inputs and a packed matrix.");
-    m.def("linear", &linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "matrices"_a, "outs"_a,
-          "rotate_quantize of x float32 or bfloat16 bits [T, K], then packed_linear with every matrix.");
+    m.def("linear", &linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "act_bits"_a, "matrices"_a,
+          "outs"_a, "rotate_quantize of x float32 or bfloat16 bits [T, K], then packed_linear with every matrix.");
+    m.def("twin_linear", &twin_linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "act_bits"_a,
+          "down"_a, "both"_a, "out"_a.noconvert(),
+          "rotate_quantize of x, its product h with `down` quantized, then the product of [x, h] with `both`.");
 }
 
 }  // namespace fewbit

@@ -110,9 +110,10 @@ def linear(
     bits: int,
     block: int,
     code: str = "trellis",
+    act_bits: int = 8,
 ) -> torch.Tensor:
     """See `reference.linear`; `ValueError` for arguments that do not fit."""
-    return linears(x, [codes], [scales], [tensor_scale], [tables], signs, [bias], [bits], block, code)[0]
+    return linears(x, [codes], [scales], [tensor_scale], [tables], signs, [bias], [bits], block, code, act_bits)[0]
 
 
 def linears(
@@ -126,6 +127,7 @@ def linears(
     bits: list[int],
     block: int,
     code: str = "trellis",
+    act_bits: int = 8,
 ) -> list[torch.Tensor]:
     """See `reference.linears`; `ValueError` for arguments that do not fit."""
     schemas.check_lists(codes, scales, tensor_scale, tables, bias, bits)
@@ -135,10 +137,10 @@ def linears(
     )
     for parts in matrices:
         schemas.check_weights(cols, *parts, code)
-        schemas.check_rotation(cols, x.dtype, signs, block, cols // parts[1].shape[1])
+        schemas.check_rotation(cols, x.dtype, signs, block, cols // parts[1].shape[1], act_bits)
     native = load_native()
     if native is None:
-        return reference.linears(x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code)
+        return reference.linears(x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code, act_bits)
     rows = x.reshape(-1, cols).contiguous()
     dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
     outs = [torch.empty(rows.shape[0], s.shape[0], dtype=dtype) for s in scales]
@@ -146,10 +148,47 @@ def linears(
         _bits(rows.to(dtype)),
         _contiguous(signs),
         block,
+        act_bits,
         [_matrix(native, cols, *parts, code) for parts in matrices],
         [_bits(out) for out in outs],
     )
     return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def twin_linear(
+    x: torch.Tensor,
+    down_codes: torch.Tensor,
+    down_scales: torch.Tensor,
+    down_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    block: int,
+    act_bits: int = 8,
+) -> torch.Tensor:
+    """See `reference.twin_linear`; `ValueError` for arguments that do not fit."""
+    cols, rank = x.shape[-1], down_scales.shape[0]
+    down, both = (down_codes, down_scales, down_scale), (codes, scales, tensor_scale)
+    schemas.check_twin(cols, down, both, bias)
+    schemas.check_rotation(cols, x.dtype, signs, block, cols // down_scales.shape[1], act_bits)
+    native = load_native()
+    if native is None:
+        return reference.twin_linear(x, *down, *both, signs, bias, block, act_bits)
+    dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
+    rows = x.reshape(-1, cols)
+    out = torch.empty(rows.shape[0], scales.shape[0], dtype=dtype)
+    native.twin_linear(
+        _floats(rows),
+        _contiguous(signs),
+        block,
+        act_bits,
+        _matrix(native, cols, *down, None, None, 4, "nibbles"),
+        _matrix(native, cols + rank, *both, None, bias, 4, "nibbles"),
+        _bits(out),
+    )
+    return out.to(x.dtype).view(*x.shape[:-1], scales.shape[0])
 
 
 def _matrix(
@@ -198,6 +237,7 @@ for _name, _native, _reference in (
     ("packed_linear", packed_linear, reference.packed_linear),
     ("linear", linear, reference.linear),
     ("linears", linears, reference.linears),
+    ("twin_linear", twin_linear, reference.twin_linear),
 ):
     torch.library.impl(f"fewbit::{_name}", "CPU")(_native)
     torch.library.impl(f"fewbit::{_name}", "CompositeExplicitAutograd")(_reference)

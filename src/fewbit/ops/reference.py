@@ -189,10 +189,12 @@ def linear(
     bits: int,
     block: int,
     code: str = "trellis",
+    act_bits: int = 8,
 ) -> torch.Tensor:
-    """`rotate_quantize`, then `packed_linear`: inputs `[..., K]` to outputs `[..., N]` of the inputs' dtype."""
+    """`rotate_quantize` to `act_bits`, then `packed_linear`: inputs `[..., K]` to outputs `[..., N]` of the inputs'
+    dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    q, scale, sums = rotate_quantize(rows, signs, block, x.shape[-1] // scales.shape[1])
+    q, scale, sums = rotate_quantize(rows, signs, block, x.shape[-1] // scales.shape[1], act_bits)
     y = packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, x.dtype)
     return y.view(*x.shape[:-1], scales.shape[0])
 
@@ -208,7 +210,38 @@ def linears(
     bits: list[int],
     block: int,
     code: str = "trellis",
+    act_bits: int = 8,
 ) -> list[torch.Tensor]:
     """`linear` with several matrices that read the same inputs, as q/k/v and gate/up do: one output each."""
     matrices = zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
-    return [linear(x, c, s, t, table, signs, b, width, block, code) for c, s, t, table, b, width in matrices]
+    return [linear(x, c, s, t, table, signs, b, width, block, code, act_bits) for c, s, t, table, b, width in matrices]
+
+
+def twin_linear(
+    x: torch.Tensor,
+    down_codes: torch.Tensor,
+    down_scales: torch.Tensor,
+    down_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    block: int,
+    act_bits: int = 8,
+) -> torch.Tensor:
+    """A low-rank part and a residual, both 4-bit, as one product: TwinQuant (arXiv 2606.01556).
+
+    `down_*` are the int4 parts of `[r, K]` (the paper's U, transposed), the others those of `[N, K + r]`, the residual
+    and V side by side. Inputs `[..., K]` are rotated and quantized to `act_bits`; their product with `down` in float32
+    is quantized in the same groups, unrotated, and follows them as r more inputs of the second product. Outputs
+    `[..., N]` have the inputs' dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    group = x.shape[-1] // down_scales.shape[1]
+    inputs = rotate_quantize(rows, signs, block, group, act_bits)
+    h = packed_linear(*inputs, down_codes, down_scales, down_scale, None, None, 4, "nibbles", torch.float32)
+    joined = [torch.cat(pair, 1) for pair in zip(inputs, rotate_quantize(h, None, 1, group, act_bits), strict=True)]
+    q, scale, sums = joined
+    y = packed_linear(q, scale, sums, codes, scales, tensor_scale, None, bias, 4, "nibbles", x.dtype)
+    return y.view(*x.shape[:-1], scales.shape[0])

@@ -42,12 +42,17 @@ torch.library.define(
 torch.library.define(
     "fewbit::linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor? tables, Tensor? signs, Tensor? bias, "
-    "int bits, int block, str code='trellis') -> Tensor",
+    "int bits, int block, str code='trellis', int act_bits=8) -> Tensor",
 )
 torch.library.define(
     "fewbit::linears",
     "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] tensor_scale, Tensor?[] tables, Tensor? signs, "
-    "Tensor?[] bias, int[] bits, int block, str code='trellis') -> Tensor[]",
+    "Tensor?[] bias, int[] bits, int block, str code='trellis', int act_bits=8) -> Tensor[]",
+)
+torch.library.define(
+    "fewbit::twin_linear",
+    "(Tensor x, Tensor down_codes, Tensor down_scales, Tensor down_scale, Tensor codes, Tensor scales, "
+    "Tensor tensor_scale, Tensor? signs, Tensor? bias, int block, int act_bits=8) -> Tensor",
 )
 
 
@@ -144,6 +149,21 @@ def check_weights(
         raise ValueError(f"bias must be float [{rows}], not {bias.dtype} {list(bias.shape)}")
 
 
+def check_twin(
+    cols: int,
+    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    both: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+) -> None:
+    """Raise `ValueError` unless these int4 parts (codes, scales, scale) make a twin layer of `cols` inputs."""
+    check_weights(cols, *down, None, None, 4, "nibbles")
+    rank, groups = down[1].shape
+    group = cols // groups
+    require(rank % group == 0, f"the rank {rank} is not a multiple of the scale group {group}")
+    check_weights(cols + rank, *both, None, bias, 4, "nibbles")
+    require((cols + rank) // both[1].shape[1] == group, f"both components need scale groups of {group} inputs")
+
+
 def check_lists(codes: list[torch.Tensor], *others: list[Any]) -> None:
     """Raise `ValueError` unless there is at least one matrix and every list has an entry for each."""
     require(len(codes) > 0, "linears needs at least one matrix")
@@ -238,9 +258,10 @@ def _linear(
     bits: int,
     block: int,
     code: str = "trellis",
+    act_bits: int = 8,
 ) -> torch.Tensor:
     check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
-    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // scales.shape[1])
+    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // scales.shape[1], act_bits)
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
 
 
@@ -256,7 +277,27 @@ def _linears(
     bits: list[int],
     block: int,
     code: str = "trellis",
+    act_bits: int = 8,
 ) -> list[torch.Tensor]:
     check_lists(codes, scales, tensor_scale, tables, bias, bits)
     matrices = zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
-    return [_linear(x, c, s, t, table, signs, b, width, block, code) for c, s, t, table, b, width in matrices]
+    return [_linear(x, c, s, t, table, signs, b, width, block, code, act_bits) for c, s, t, table, b, width in matrices]
+
+
+@torch.library.register_fake("fewbit::twin_linear")
+def _twin_linear(
+    x: torch.Tensor,
+    down_codes: torch.Tensor,
+    down_scales: torch.Tensor,
+    down_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    block: int,
+    act_bits: int = 8,
+) -> torch.Tensor:
+    check_twin(x.shape[-1], (down_codes, down_scales, down_scale), (codes, scales, tensor_scale), bias)
+    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // down_scales.shape[1], act_bits)
+    return x.new_empty((*x.shape[:-1], scales.shape[0]))
