@@ -7,6 +7,10 @@
 #if defined(FEWBIT_HAVE_AVX2) || defined(FEWBIT_HAVE_AVX512)
 #include <cpuid.h>
 #endif
+#if defined(FEWBIT_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fewbit {
 namespace {
@@ -22,14 +26,14 @@ uint64_t saved_states() {
 }
 
 struct Features {
-    unsigned ebx = 0, ecx = 0;
+    unsigned ebx = 0, ecx = 0, edx = 0;
     bool half_floats, vnni;                       // vnni: on 256 bits without AVX-512
     uint64_t states = saved_states();
 
     Features() {
         unsigned a, b, c, d;
         half_floats = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-        if (!__get_cpuid_count(7, 0, &a, &ebx, &ecx, &d)) ebx = ecx = 0;
+        if (!__get_cpuid_count(7, 0, &a, &ebx, &ecx, &edx)) ebx = ecx = edx = 0;
         vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
     }
 
@@ -39,7 +43,23 @@ struct Features {
 };
 #endif
 
-std::vector<const Kernels*> usable() {
+#ifdef FEWBIT_HAVE_AMX
+// Linux gives a process tiles when it asks for them, which is for good and covers all its threads.
+bool has_amx(const Features& cpu) {
+#ifdef __linux__
+    constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+    constexpr uint64_t tile_states = uint64_t{3} << 17;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+    if ((cpu.edx & (tile | int8)) != (tile | int8) || (cpu.states & tile_states) != tile_states) return false;
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    static_cast<void>(cpu);
+    return false;
+#endif
+}
+#endif
+
+std::vector<const Kernels*> find_usable() {
     std::vector<const Kernels*> found{&kPortableKernels};
 #if defined(FEWBIT_HAVE_AVX2) || defined(FEWBIT_HAVE_AVX512)
     const Features cpu;
@@ -53,20 +73,43 @@ std::vector<const Kernels*> usable() {
 #endif
 #ifdef FEWBIT_HAVE_AVX512
     constexpr unsigned in_ebx = bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
-    if (cpu.has(in_ebx, bit_AVX512VBMI | bit_AVX512VNNI, zmm)) found.push_back(&kAvx512Kernels);
+    const bool avx512 = cpu.has(in_ebx, bit_AVX512VBMI | bit_AVX512VNNI, zmm);
+    if (avx512) found.push_back(&kAvx512Kernels);
+#endif
+#ifdef FEWBIT_HAVE_AMX
+    if (avx512 && has_amx(cpu)) found.push_back(&amx_kernels());
 #endif
     return found;
+}
+
+const std::vector<const Kernels*>& usable() {
+    static const std::vector<const Kernels*> found = find_usable();
+    return found;
+}
+
+// Kernels that compute what others do with instructions that this machine may lack, slowly.
+std::vector<const Kernels*> emulated() {
+    std::vector<const Kernels*> found;
+#ifdef FEWBIT_HAVE_AMX
+    for (const Kernels* candidate : usable())
+        if (candidate == &kAvx512Kernels) found.push_back(&emulated_amx_kernels());
+#endif
+    return found;
+}
+
+std::vector<std::string> names_of(const std::vector<const Kernels*>& all) {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : all) names.emplace_back(kernels->name);
+    return names;
 }
 
 std::atomic<const Kernels*> selected{nullptr};
 
 }  // namespace
 
-std::vector<std::string> available_isas() {
-    std::vector<std::string> names;
-    for (const Kernels* kernels : usable()) names.emplace_back(kernels->name);
-    return names;
-}
+std::vector<std::string> available_isas() { return names_of(usable()); }
+
+std::vector<std::string> emulated_isas() { return names_of(emulated()); }
 
 const Kernels& kernels() {
     const Kernels* current = selected.load();
@@ -80,6 +123,8 @@ void select_isa(const std::string& name) {
         if (name == candidate->name) return selected.store(candidate);
         known += (known.empty() ? "" : ", ") + std::string(candidate->name);
     }
+    for (const Kernels* candidate : emulated())
+        if (name == candidate->name) return selected.store(candidate);
     throw std::invalid_argument("instruction set '" + name + "' is not available here; this machine and build have " +
                                 known);
 }

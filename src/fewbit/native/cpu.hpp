@@ -11,6 +11,9 @@ namespace fewbit {
 // Names, plainest first; the last one is the default.
 std::vector<std::string> available_isas();
 
+// Names of emulated ones, for tests of code that this machine cannot run; never the default.
+std::vector<std::string> emulated_isas();
+
 // The kernels in use.
 const Kernels& kernels();
 

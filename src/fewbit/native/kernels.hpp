@@ -89,5 +89,9 @@ extern const Kernels kAvxVnniKernels;
 #ifdef FEWBIT_HAVE_AVX512
 extern const Kernels kAvx512Kernels;
 #endif
+#ifdef FEWBIT_HAVE_AMX
+const Kernels& amx_kernels();
+const Kernels& emulated_amx_kernels();            // the same code with tiles in plain C++, for tests
+#endif
 
 }  // namespace fewbit

@@ -8,7 +8,6 @@ struct LaneProduct {
     static constexpr int kTokens = 8, kPanel = 4;
     static constexpr int kSteps = kLaneCols;      // of a unit: row s / 4, column s % 4
     static constexpr int kNear = 2048, kFar = 16384;
-    static constexpr int kOrigin = 128;           // of decoded bytes
 
     template <int K>
     struct Decoder {
@@ -18,7 +17,7 @@ struct LaneProduct {
 
         explicit Decoder(const int8_t* tables) {
             alignas(64) uint8_t low_table[64], high_table[64];
-            split_tables(tables, kOrigin, low_table, high_table);
+            split_tables(tables, kUnsigned, low_table, high_table);
             low = _mm512_load_si512(low_table);
             high = _mm512_load_si512(high_table);
         }
@@ -157,7 +156,7 @@ struct LaneProduct {
                 unit<K, T>(decoder, codes, inputs, last, sums);
             for (int t = 0; t < T; ++t) {
                 const int64_t at = t * groups + g;
-                const __m512i origin = _mm512_set1_epi32(kOrigin * job.sums[at]);
+                const __m512i origin = _mm512_set1_epi32(kUnsigned * job.sums[at]);
                 __m512i rows[4];
                 add_lanes(sums[t], rows);
                 for (int p = 0; p < 4; ++p) {

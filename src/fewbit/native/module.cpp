@@ -127,6 +127,7 @@ NB_MODULE(_native, m) {
     m.doc() = "Native kernels of fewbit; use them through fewbit.ops.extension.";
     m.def("isa", [] { return std::string(kernels().name); }, "Name of the instruction set in use.");
     m.def("available_isas", &available_isas, "Instruction sets of this build that this machine runs, plainest first.");
+    m.def("emulated_isas", &emulated_isas, "Emulated instruction sets, slow and for tests: select_isa takes them, too.");
     m.def("select_isa", &select_isa, "name"_a, "Use that instruction set from now on; ValueError if it is not there.");
     m.def("num_threads", &num_threads, "Threads that a call uses: the cores this process may run on, unless set.");
     m.def("set_num_threads", &set_threads, "count"_a, "Set the number of threads of later calls.");

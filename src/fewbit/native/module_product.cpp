@@ -37,13 +37,26 @@ void require_tables(const Array<const int8_t, 1>& tables) {
     require(least >= -127 && most <= 127, "the tables' sums must stay within +-127");
 }
 
+// Memory that begins where a line of the cache begins.
+struct alignas(64) Line {
+    int8_t bytes[64];
+};
+
+std::unique_ptr<Line[]> lines(int64_t bytes) {
+    return std::unique_ptr<Line[]>(new Line[static_cast<size_t>((bytes + 63) / 64)]);
+}
+
 // Scratch for as many threads as work on a product.
 class Scratches {
 public:
-    Scratches(int threads, int64_t scales_each)
+    Scratches(int threads, int64_t scales_each, size_t more_each)
         : scratches_(new ProductScratch[static_cast<size_t>(threads)]),
-          scales_(static_cast<size_t>(threads * scales_each)) {
-        for (int i = 0; i < threads; ++i) scratches_[static_cast<size_t>(i)].scales = scales_.data() + i * scales_each;
+          scales_(static_cast<size_t>(threads * scales_each)),
+          more_(lines(threads * static_cast<int64_t>(more_each))) {
+        for (int i = 0; i < threads; ++i) {
+            scratches_[static_cast<size_t>(i)].scales = scales_.data() + i * scales_each;
+            scratches_[static_cast<size_t>(i)].more = more_.get() + static_cast<size_t>(i) * more_each / sizeof(Line);
+        }
     }
 
     ProductScratch& operator[](int worker) { return scratches_[static_cast<size_t>(worker)]; }
@@ -51,6 +64,7 @@ public:
 private:
     std::unique_ptr<ProductScratch[]> scratches_;
     std::vector<uint16_t> scales_;
+    std::unique_ptr<Line[]> more_;
 };
 
 // Where the jobs' units of work (row groups or panels) begin when they are counted through.
@@ -74,26 +88,44 @@ private:
     std::vector<int64_t> ends_;
 };
 
+// Panels of a unit of work: several where the kernels gain from that, if every thread gets enough units all the same.
+int panels_for(const PanelKernels& use, int64_t rows, int threads) {
+    const int64_t panels = rows / (use.panel * kTileRows) / (threads * kPiecesPerThread);
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(panels, use.panels)));
+}
+
+// Packs the inputs that all jobs share; the packed bytes live as long as what is returned.
+std::unique_ptr<Line[]> pack(std::vector<ProductJob>& jobs, const PanelKernels& use, int threads, int64_t rows) {
+    const int64_t tokens = jobs[0].tokens, cols = jobs[0].cols, blocks = (tokens + use.block - 1) / use.block;
+    std::unique_ptr<Line[]> packed = lines(blocks * use.block * (use.bytes * cols + 4 * (cols / jobs[0].group)));
+    for (ProductJob& job : jobs) {
+        job.packed = packed[0].bytes;
+        job.panels = panels_for(use, rows, threads);
+    }
+    run(threads_for(tokens * cols, kTokenWork), blocks, [&](int64_t block, int) { use.pack(jobs[0], block); });
+    return packed;
+}
+
 // Products of one input with one or several matrices, their row groups shared out among the threads.
 void multiply(std::vector<ProductJob> jobs) {
     const int64_t tokens = jobs[0].tokens, cols = jobs[0].cols;
     if (tokens == 0) return;
-    const ProductKernels& use = *kernels().product;
+    const ProductKernels* all = kernels().product;
+    const ProductKernels& use = jobs[0].group % all->columns == 0 ? *all : *all->otherwise;
     int64_t rows = 0;
-    for (const ProductJob& job : jobs) rows += job.rows;
-    const int threads = threads_for(tokens * rows * cols, kWorkOfAThread);
-    Scratches scratch(threads, cols / jobs[0].group * std::max(kMaxPanel, kMaxLaneGroups) * kTileRows);
-    const bool in_lanes = jobs[0].code == Code::lanes && jobs[0].lane_groups == use.lanes.panel;
-    const bool lanes = in_lanes && tokens <= use.most_in_lanes, few = !lanes && tokens <= use.few;
-    const PanelKernels& panels = lanes ? use.lanes : use.panels;
-    std::unique_ptr<int8_t[]> packed;
-    if (!few) {
-        packed.reset(new int8_t[static_cast<size_t>(tokens * cols * panels.bytes)]);
-        for (ProductJob& job : jobs) job.packed = packed.get();
-        run(threads_for(tokens * cols, kTokenWork), (tokens + panels.block - 1) / panels.block,
-            [&](int64_t block, int) { panels.pack(jobs[0], block); });
+    bool in_lanes = tokens <= use.most_in_lanes;
+    for (const ProductJob& job : jobs) {
+        rows += job.rows;
+        in_lanes = in_lanes && job.code == Code::lanes && job.lane_groups == use.lanes.panel;
     }
-    const Units units(jobs, few ? 1 : panels.panel);
+    const int threads = threads_for(tokens * rows * cols, kWorkOfAThread);
+    const PanelKernels& panels = in_lanes ? use.lanes : use.panels;
+    const bool few = !in_lanes && tokens <= use.few;
+    const int64_t scales = cols / jobs[0].group * std::max(kMaxPanel, kMaxLaneGroups) * kTileRows;
+    Scratches scratch(threads, scales, few ? 0 : panels.scratch);
+    std::unique_ptr<Line[]> packed;
+    if (!few) packed = pack(jobs, panels, threads, rows);
+    const Units units(jobs, few ? 1 : panels.panel * jobs[0].panels);
     run(threads, units.count(), [&](int64_t unit, int worker) {
         units.at(unit, [&](const ProductJob& job, int64_t index) {
             (few ? use.multiply_few : panels.multiply)(job, index, scratch[worker]);

@@ -26,10 +26,10 @@ inline void with_decoder(const ProductJob& job, const Body& body) {
 
 // Codes of a row group in scale group g: copied where reading around them would leave the tensor, and put in order
 // where they stand in lanes.
-inline const uint8_t* group_codes(const ProductJob& job, int64_t row_group, int64_t g, ProductScratch& scratch) {
+inline const uint8_t* group_codes(const ProductJob& job, int64_t row_group, int64_t g, uint8_t* edge) {
     if (job.code == Code::lanes) {
-        from_lanes(job, row_group, g, scratch.edge + kSlack);
-        return scratch.edge + kSlack;
+        from_lanes(job, row_group, g, edge + kSlack);
+        return edge + kSlack;
     }
     const int64_t row_groups = (job.rows + kTileRows - 1) / kTileRows, groups = job.cols / job.group;
     const int64_t column = 2 * job.bits;
@@ -37,8 +37,8 @@ inline const uint8_t* group_codes(const ProductJob& job, int64_t row_group, int6
     const int64_t index = row_group * groups + g, last = row_groups * groups - 1;
     // Groups are at least kSlack bytes, so only the first and the last have less than that around them.
     if (index != 0 && index != last) return codes;
-    __builtin_memcpy(scratch.edge + kSlack, codes, static_cast<size_t>(column * job.group));
-    return scratch.edge + kSlack;
+    __builtin_memcpy(edge + kSlack, codes, static_cast<size_t>(column * job.group));
+    return edge + kSlack;
 }
 
 typedef uint16_t EightHalves __attribute__((vector_size(16)));
@@ -141,7 +141,7 @@ template <class Decoder>
 inline void decode_row_groups(const ProductJob& job, int64_t row_group, int count, int64_t g, const Decoder& decoder,
                               ProductScratch& scratch) {
     for (int p = 0; p < count; ++p)
-        decoder.decode(group_codes(job, row_group + p, g, scratch), job.group / 4, scratch.weights + p * kGroupWeights);
+        decoder.decode(group_codes(job, row_group + p, g, scratch.edge), job.group / 4, scratch.weights + p * kGroupWeights);
 }
 
 template <class V, int T = V::kBlock>

@@ -16,6 +16,7 @@ constexpr int kLaneCols = 64;                                 // columns whose c
 constexpr int kLaneChunks = 16;                               // these chunks, of one row group
 constexpr int kMaxLaneGroups = 4;
 constexpr int kSlack = 64;                                    // bytes around a group's codes that kernels may read
+constexpr int kEdge = 2 * kSlack + 8 * kMaxGroup;             // a group's codes with that space around them
 
 // What the codes of a matrix mean. All take 2 * bits * cols bytes per row group and start anew in every scale group.
 enum class Code {
@@ -41,22 +42,27 @@ struct ProductJob {
     int bits;
     Code code;
     int lane_groups;                                          // row groups side by side in Code::lanes
-    int8_t* packed;                                           // [tokens, cols, bytes] for `pack`
+    int8_t* packed;                                           // for `pack`: see PanelKernels
+    int panels;                                               // panels of a unit of work
 };
 
 // What one thread needs while it multiplies.
 struct alignas(64) ProductScratch {
     uint8_t weights[kMaxPanel * kGroupWeights];
     float total[kTokenTile * kMaxPanel * kTileRows];
-    uint8_t edge[2 * kSlack + 8 * kMaxGroup];                 // codes of one row group in one scale group, with slack
+    uint8_t edge[kEdge];                                      // codes of one row group in one scale group
     uint16_t* scales;                                         // [cols / group, panel, 16]
+    void* more;                                               // as many bytes as the kernels ask for
 };
 
-// Products that pack blocks of `block` tokens first, `bytes` for each input, then work on panels of `panel` row groups.
+// Products that pack blocks of `block` tokens first, each into block * (bytes * cols + 4 * groups) bytes, then work on
+// panels of `panel` row groups, or on units of job.panels of these, up to `panels`.
 struct PanelKernels {
     int block, bytes, panel;
     void (*pack)(const ProductJob& job, int64_t block);
-    void (*multiply)(const ProductJob& job, int64_t panel, ProductScratch& scratch);
+    void (*multiply)(const ProductJob& job, int64_t unit, ProductScratch& scratch);
+    int panels = 1;
+    size_t scratch = 0;                                       // bytes of ProductScratch::more
 };
 
 struct ProductKernels {
@@ -68,6 +74,9 @@ struct ProductKernels {
     // the codes back in order first. Empty where nothing is gained by lanes.
     PanelKernels lanes;
     int64_t most_in_lanes;
+    // Kernels for scale groups that are no multiple of `columns`.
+    int columns = 1;
+    const ProductKernels* otherwise = nullptr;
 };
 
 extern const ProductKernels kPortableProduct;

@@ -10,6 +10,7 @@ namespace {
 
 #include "lanes.hpp"
 #include "packed_product.hpp"
+#include "decode_avx512.hpp"
 
 inline __m512i broadcast4(const int8_t* four) {
     int word;
@@ -23,91 +24,11 @@ inline void accumulate(__m512i& sum, __m512i weights, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
 }
 
-// Sixteen rows' integer sums, scaled and added to their totals.
-inline __m512 add_scaled(__m512 total, __m512i dots, __m512 weight_scale, float input_scale) {
-    const __m512 both = _mm512_mul_ps(weight_scale, _mm512_set1_ps(input_scale));
-    return _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(dots), both));
-}
-
-inline __m512 load_scales(const uint16_t* halves, float scale) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves));
-    return _mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(scale));
-}
-
 constexpr int kStep = 8;                          // chunks that the decoders' unrolled loops take at once
-
-// The two 64-entry tables, A + B by a window's six older bits and C + D + origin by its newer ones.
-inline void split_tables(const int8_t* tables, int origin, uint8_t* low, uint8_t* high) {
-    for (int i = 0; i < 64; ++i) {
-        low[i] = static_cast<uint8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
-        high[i] = static_cast<uint8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)] + origin);
-    }
-}
-
-// Trellis weights: the two tables and where the windows of 64 weights stand.
-template <int K>
-struct TrellisChunks {
-    static constexpr int kBytes = 8 * K;          // of a chunk
-    static constexpr int kOrigin = 128;           // vpdpbusd takes one unsigned factor: chunks are weights + kOrigin
-    __m512i low, high, gather, low_shift, high_shift;
-
-    explicit TrellisChunks(const int8_t* tables) {
-        alignas(64) uint8_t low_table[64], high_table[64], bytes[64], shift[64];
-        split_tables(tables, kOrigin, low_table, high_table);
-        for (int i = 0; i < 64; ++i) {
-            // Seen from two bytes before the chunk, weight i of eight has its window at bit k + 4 + k i.
-            bytes[i] = static_cast<uint8_t>(K * (i >> 3) + (i & 7));
-            shift[i] = static_cast<uint8_t>(K + 4 + K * (i & 7));
-        }
-        low = _mm512_load_si512(low_table);
-        high = _mm512_load_si512(high_table);
-        gather = _mm512_load_si512(bytes);
-        low_shift = _mm512_load_si512(shift);
-        high_shift = _mm512_add_epi8(low_shift, _mm512_set1_epi8(6));
-    }
-
-    // Chunk i of a step, 16 rows x 4 columns; the bytes before it count as zero at the start of a group.
-    __m512i chunk(const uint8_t* codes, int i, bool start) const {
-        codes += i * kBytes;
-        __m512i stream;
-        if constexpr (K == 4) {
-            stream = start ? _mm512_maskz_loadu_epi8(~3ull, codes - 2) : _mm512_loadu_si512(codes - 2);
-        } else {
-            const __m256i half = start ? _mm256_maskz_loadu_epi8(~3u, codes - 2)
-                                       : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes - 2));
-            stream = _mm512_castsi256_si512(half);
-        }
-        stream = _mm512_permutexvar_epi8(gather, stream);
-        const __m512i a = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(low_shift, stream), low);
-        const __m512i b = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(high_shift, stream), high);
-        return _mm512_add_epi8(a, b);
-    }
-
-    void decode(const uint8_t* codes, int chunks, uint8_t* out) const {
-        _mm512_store_si512(out, chunk(codes, 0, true));
-        for (int c = 1; c < chunks; ++c) _mm512_store_si512(out + c * kChunk, chunk(codes, c, false));
-    }
-};
-
-// Two chunks in the low and the high halves of 64 bytes, each weight plus 8.
-struct NibbleChunks {
-    static constexpr int kBytes = 32;
-    static constexpr int kOrigin = 8;
-
-    explicit NibbleChunks(const int8_t*) {}
-
-    __m512i chunk(const uint8_t* codes, int i, bool) const {
-        const __m512i pair = _mm512_loadu_si512(codes + i / 2 * kChunk);
-        return _mm512_and_si512(i % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
-    }
-
-    void decode(const uint8_t* codes, int chunks, uint8_t* out) const;
-};
 
 struct Wide {
     static constexpr Code kCode = Code::trellis;
     static constexpr int kBlock = 12, kPanel = 2, kPacked = 1, kFew = 8;
-    static constexpr int kOrigin = 128;           // of decoded bytes
 
     template <int K>
     using Trellis = TrellisChunks<K>;
@@ -124,7 +45,7 @@ struct Wide {
         const int64_t groups = job.cols / job.group, first = tile.token * groups + tile.g;
         __m512i a[T], b[T];
 #pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) a[t] = b[t] = _mm512_set1_epi32(-kOrigin * job.sums[first + t * groups]);
+        for (int t = 0; t < T; ++t) a[t] = b[t] = _mm512_set1_epi32(-kUnsigned * job.sums[first + t * groups]);
         const uint8_t* weights = tile.weights;
         const int8_t* inputs = tile.packed;
         for (int c = 0; c < job.group / 4; ++c, weights += kChunk, inputs += 4 * T) {
@@ -148,11 +69,6 @@ struct Wide {
         }
     }
 };
-
-inline void NibbleChunks::decode(const uint8_t* codes, int chunks, uint8_t* out) const {
-    const __m512i shift = _mm512_set1_epi8(Wide::kOrigin - kOrigin);
-    for (int c = 0; c < chunks; ++c) _mm512_store_si512(out + c * kChunk, _mm512_add_epi8(chunk(codes, c, false), shift));
-}
 
 // The group's sums of T tokens, decoding in registers; a token's sum is the total of its `copies` chains.
 template <class Decoder, int T>
@@ -186,7 +102,7 @@ struct Few {
         __m512 total[T];
         for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
         for (int64_t g = 0; g < groups; ++g) {
-            const uint8_t* codes = group_codes(job, row_group, g, scratch);
+            const uint8_t* codes = group_codes(job, row_group, g, scratch.edge);
             const int8_t* inputs[T];
             __m512i dots[T][copies];
             for (int t = 0; t < T; ++t) {

@@ -19,11 +19,12 @@ void parallel_for(int threads, int64_t count, const std::function<void(int64_t i
 // One thread or all: a pool of another size would have to be made anew.
 inline int threads_for(int64_t work, int64_t grain) { return work < 2 * grain ? 1 : num_threads(); }
 
+constexpr int kPiecesPerThread = 8;
+
 // Hands out `count` indices in runs, so that memory is read in long stretches and neighbouring outputs come from
 // one thread.
 template <class Body>
 void run(int threads, int64_t count, const Body& body) {
-    constexpr int kPiecesPerThread = 8;
     const int64_t length = threads == 1 ? count : std::max<int64_t>(1, count / (threads * kPiecesPerThread));
     if (count == 0) return;
     parallel_for(threads, (count + length - 1) / length, [&](int64_t piece, int worker) {
