@@ -6,12 +6,13 @@ STAMP := .venv/.installed
 NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench-encode bench-kernels bench-peers bench-quality tables clean
+.PHONY: help venv demo lint test test-slow test-sanitize test-aarch64
+.PHONY: bench-encode bench-kernels bench-peers bench-quality tables clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
-$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh $(NATIVE)
+$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/packages.sh $(NATIVE)
 	@sh scripts/make_venv.sh $(PYTHON)
 	@touch $@
 
@@ -30,6 +31,12 @@ test: lint  ## Check style and types, then run the fast tests
 
 test-slow: $(STAMP)  ## Run the tests on the real model (fetched once, some 100 MB)
 	$(BIN)/python -m pytest -q -m slow
+
+test-sanitize: $(STAMP)  ## Run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
+	@sh scripts/test_sanitize.sh
+
+test-aarch64: $(STAMP)  ## Run the portable kernels on emulated aarch64
+	@sh scripts/test_aarch64.sh
 
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 	@$(BIN)/python benchmarks/encode.py

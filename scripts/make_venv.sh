@@ -9,6 +9,8 @@ fail() {
     exit 1
 }
 
+. "$(dirname "$0")/packages.sh"
+
 recent() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 }
@@ -33,16 +35,8 @@ missing=
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     missing="$missing $version-dev"
 command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || missing="$missing g++"
-if [ -n "$missing" ]; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "Installing$missing with apt-get"
-        apt-get update -qq
-        # shellcheck disable=SC2086  # a list of names
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
-    else
-        fail "this machine lacks:$missing; install them (on Debian: sudo apt-get install$missing) and run make again"
-    fi
-fi
+# shellcheck disable=SC2086  # a list of names
+install_missing $missing
 
 # An environment of another interpreter is made anew, one of this interpreter is kept and brought up to date.
 wanted=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))')

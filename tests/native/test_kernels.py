@@ -67,13 +67,15 @@ def reference() -> str:
 @needs_native
 @pytest.mark.parametrize("isa", native.available_isas() if native else [])
 def test_every_instruction_set_gives_the_results_of_pure_torch(isa, reference):
-    assert _run(isa).stdout.split() == [reference, isa, "0"]
+    result = _run(isa)
+    assert result.stdout.split() == [reference, isa, "0"], result.stderr
 
 
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_number_of_threads_changes_nothing(threads, reference):
-    assert _run(None, threads).stdout.split()[0] == reference
+    result = _run(None, threads)
+    assert result.stdout.split()[:1] == [reference], result.stderr
 
 
 @needs_native

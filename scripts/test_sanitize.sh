@@ -1,0 +1,78 @@
+#!/bin/sh
+# Builds the native extension with AddressSanitizer and UndefinedBehaviorSanitizer into build/sanitize and runs the
+# kernels' tests with it, once per instruction set that this machine has. .venv lends its packages and stays as it is.
+# Usage: test_sanitize.sh [PYTEST ARGUMENT...], which name other tests than those of the kernels, the operators and
+# the formats.
+set -eu
+
+fail() {
+    echo "test_sanitize: $*" >&2
+    exit 1
+}
+
+root=$PWD
+build=$root/build/sanitize
+python=$root/.venv/bin/python
+mkdir -p "$build"
+
+.venv/bin/cmake -G Ninja -S . -B "$build/cmake" -DCMAKE_MAKE_PROGRAM="$root/.venv/bin/ninja" \
+    -DPython_EXECUTABLE="$python" -DCMAKE_BUILD_TYPE=Debug -DFEWBIT_SANITIZE=ON >"$build/build.log" 2>&1 ||
+    fail "cmake failed, see $build/build.log"
+.venv/bin/cmake --build "$build/cmake" >>"$build/build.log" 2>&1 || fail "the compiler failed, see $build/build.log"
+
+# A package tree of its own: the sources as links, the extension beside them.
+rm -rf "$build/package"
+mkdir -p "$build/package/fewbit"
+ln -s "$root"/src/fewbit/* "$build/package/fewbit/"
+.venv/bin/cmake --install "$build/cmake" --prefix "$build/package" >>"$build/build.log"
+extension=$(echo "$build"/package/fewbit/_native*.so)
+[ -f "$extension" ] || fail "the extension was not built, see $build/build.log"
+
+# An environment of its own, because .venv's editable install would come before any path. A .pth file that names
+# .venv's directory adds its packages without running the .pth files in there.
+"$python" -m venv --without-pip --clear "$build/venv"
+site='import sysconfig; print(sysconfig.get_path("platlib"))'
+{
+    echo "$build/package"
+    "$python" -c "$site"
+} >"$("$build/venv/bin/python" -c "$site")/sanitize.pth"
+
+# The runtimes must be there before anything else: python itself is not linked with them, and AddressSanitizer looks
+# for the function that throws exceptions when it starts.
+preload=$(ldd "$extension" | awk '/libasan|libubsan|libstdc\+\+/ { print $3 }' | sort | tr '\n' ' ')
+case $preload in
+*libasan*) ;;
+*) fail "the extension lacks libasan; this needs GCC on Linux: rm -r build/sanitize; make test-sanitize CXX=g++" ;;
+esac
+
+# No search for leaks: python and torch keep memory until they end, and that is all it would find. AddressSanitizer
+# writes to files, because tests with subprocesses swallow stderr; UndefinedBehaviorSanitizer cannot beside it.
+run() {
+    env LD_PRELOAD="$preload" \
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=1:log_path=$build/report" \
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1" \
+        "$@"
+}
+
+rm -f "$build"/report.*
+isas=$(run "$build/venv/bin/python" -c 'from fewbit import _native; print(*_native.available_isas())') ||
+    fail "the sanitized extension does not load"
+failed=
+for isa in $isas; do
+    # Encoding is slow in sanitized portable code, where the conformance program tests the same kernels. Tests that
+    # choose the instruction set themselves need no second time.
+    case $isa in
+    portable) tests="tests/native tests/ops" ;;
+    *) tests="tests/native/test_kernels.py tests/ops tests/formats" ;;
+    esac
+    [ $# -eq 0 ] || tests=$*
+    echo "Sanitized, $isa: $tests"
+    # Only sys.stderr is captured: what a sanitizer writes before it ends the process must come through.
+    # shellcheck disable=SC2086  # a list of arguments
+    FEWBIT_ISA=$isa run "$build/venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys -m "not slow" \
+        tests/native/check_sanitizers.py $tests || failed="$failed $isa"
+done
+for report in "$build"/report.*; do
+    [ ! -f "$report" ] || { cat "$report" >&2; reports=", with the reports above"; }
+done
+[ -z "$failed${reports:-}" ] || fail "failed:$failed${reports:-}"
