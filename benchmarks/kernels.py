@@ -162,6 +162,8 @@ def measure_call(repeats: int) -> dict[str, float]:
 
 
 def rows_of(isa: str, threads: int, large_rows: int, large_cols: int, repeats: int) -> list[dict[str, object]]:
+    if isa == "amx":  # all but the products of many tokens is avx512's
+        return [{"isa": isa, "threads": threads, **measure_many(repeats)}]
     found = [measure_rotation(kernel, dtype, repeats) for kernel in ROTATIONS for dtype in DTYPES]
     if isa == "portable":  # there for correctness, too slow for the rest
         found.append(measure_few(*SMALL, 3, 1, repeats))

@@ -65,7 +65,7 @@ def reference() -> str:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", native.available_isas() if native else [])
+@pytest.mark.parametrize("isa", [*native.available_isas(), *native.emulated_isas()] if native else [])
 def test_every_instruction_set_gives_the_results_of_pure_torch(isa, reference):
     result = _run(isa)
     assert result.stdout.split() == [reference, isa, "0"], result.stderr
@@ -90,6 +90,15 @@ def test_an_unknown_instruction_set_is_refused_with_the_ones_there_are():
 def test_the_default_is_the_widest_instruction_set():
     assert native.available_isas()[0] == "portable"
     assert native.isa() == (os.environ.get("FEWBIT_ISA") or native.available_isas()[-1])
+
+
+@needs_native
+def test_emulated_instruction_sets_are_listed_apart_and_taken_only_when_asked_for():
+    assert not set(native.emulated_isas()) & set(native.available_isas())
+    assert "emulated" not in _run(None).stdout
+    for name in native.emulated_isas():
+        assert name.endswith("-emulated")
+        assert _run(name).stdout.split()[1] == name
 
 
 @needs_native

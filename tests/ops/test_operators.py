@@ -12,6 +12,7 @@ from fewbit.ops.extension import load_native
 native = load_native()
 needs_native = pytest.mark.skipif(native is None, reason="the native extension is not built")
 ops = torch.ops.fewbit
+ISAS = [*native.available_isas(), *native.emulated_isas()] if native else []
 
 # Runs odd shapes through the operators in a fresh interpreter and prints a digest of everything they return.
 # argv: number of threads (0: leave), "missing" to hide the extension, which leaves the reference.
@@ -31,7 +32,7 @@ if int(sys.argv[1]): native.set_num_threads(int(sys.argv[1]))
 torch.set_num_threads(1)
 state = hashlib.sha256()
 CASES = [(1, 64, (0, 1, 2, 513)), (15, 576, (1, 7, 33)), (17, 1536, (2, 8, 9)), (40, 8960, (1, 33)), (33, 96, (3, 9)),
-         (65, 640, (4, 5, 6, 13, 400))]
+         (65, 640, (4, 5, 6, 13, 400)), (65, 192, (16, 31, 600)), (40, 2304, (16, 31, 130, 513))]
 for rows, cols, batches in CASES:
     for bits in (2, 3, 4):
         generator = torch.Generator().manual_seed(rows + bits)
@@ -61,6 +62,18 @@ for rows, cols, batches in CASES:
             state.update(y.float().contiguous().numpy().tobytes())
 print(state.hexdigest(), native.isa() if native else "torch")
 """
+
+
+@pytest.fixture(params=ISAS or ["torch"])
+def isa(request):
+    """Every instruction set in turn, emulated ones included."""
+    if native is None:
+        yield request.param
+        return
+    before = native.isa()
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa(before)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +120,7 @@ def _inputs(tokens: int, cols: int) -> torch.Tensor:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", native.available_isas() if native else [])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_gives_the_reference_bit_for_bit(isa, specified, run_script):
     assert run_script(SCRIPT, isa) == [specified, isa]
 
@@ -121,7 +134,7 @@ def test_the_number_of_threads_changes_no_bit(threads, specified, run_script):
 @pytest.mark.parametrize("make", [_matrix, _nibbles])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "cols"), [(40, 1536), (17, 192), (100, 64)])
-def test_a_token_gets_the_same_result_in_every_batch(rows, cols, dtype, make):
+def test_a_token_gets_the_same_result_in_every_batch(rows, cols, dtype, make, isa):
     weights = make(rows, cols)
     x = _inputs(61, cols).to(dtype)
     together = ops.linear(x, **weights)
@@ -155,7 +168,7 @@ def test_nibbles_multiply_like_the_weights_that_they_stand_for():
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 @pytest.mark.parametrize("sizes", [(40, 7, 7), (300, 300), (16,)])
-def test_several_matrices_in_one_call_give_what_each_gives_alone(sizes, tokens):
+def test_several_matrices_in_one_call_give_what_each_gives_alone(sizes, tokens, isa):
     x = _inputs(tokens, 512)
     matrices = [_matrix(rows, 512, bits, rows) for rows, bits in zip(sizes, (3, 2, 4), strict=False)]
     matrices = [{**matrix, "signs": matrices[0]["signs"]} for matrix in matrices]
@@ -167,21 +180,14 @@ def test_several_matrices_in_one_call_give_what_each_gives_alone(sizes, tokens):
         assert torch.equal(y, ops.linear(x, **matrix))
 
 
-@needs_native
-@pytest.mark.parametrize("isa", native.available_isas() if native else [])
 @pytest.mark.parametrize("beside", [2, 4])
 @pytest.mark.parametrize(("rows", "cols", "bits"), [(1, 64, 3), (17, 192, 2), (100, 576, 4), (65, 1536, 3)])
 def test_lanes_multiply_like_the_stored_layout(isa, rows, cols, bits, beside):
     weights = _matrix(rows, cols, bits)
     lanes = {**weights, "codes": layouts.to_lanes(weights["codes"], bits, beside), "code": "lanes"}
-    before = native.isa()
-    native.select_isa(isa)
-    try:
-        for tokens in (0, 1, 3, 5, 8, 13):
-            x = _inputs(tokens, cols)
-            assert torch.equal(ops.linear(x, **lanes), ops.linear(x, **weights))
-    finally:
-        native.select_isa(before)
+    for tokens in (0, 1, 3, 5, 8, 13):
+        x = _inputs(tokens, cols)
+        assert torch.equal(ops.linear(x, **lanes), ops.linear(x, **weights))
 
 
 @needs_native

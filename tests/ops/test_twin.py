@@ -12,7 +12,7 @@ from fewbit.ops import cpu, reference
 from fewbit.ops.extension import load_native
 
 native = load_native()
-ISAS = native.available_isas() if native else []
+ISAS = [*native.available_isas(), *native.emulated_isas()] if native else []
 ops = torch.ops.fewbit
 
 

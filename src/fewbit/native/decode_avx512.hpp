@@ -1,4 +1,4 @@
-// Decoding with AVX-512 VBMI, and the scaling of sums: what the vector and the tile products share.
+// Decoding with AVX-512 VBMI, scaling and writing of sums: what the vector and the tile products share.
 // Include inside an anonymous namespace only: every unit compiles its own copy with its own flags.
 
 constexpr int kUnsigned = 128;                    // vpdpbusd takes one unsigned factor: weights + kUnsigned
@@ -22,9 +22,9 @@ inline void write_sums(const ProductJob& job, int64_t token, int64_t row_group, 
     if (!job.bf16) return _mm512_mask_storeu_ps(static_cast<float*>(job.out) + at, rows, sums);
     const __m512i bits = _mm512_castps_si512(sums);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __m512i half_more = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(sums, sums, _CMP_UNORD_Q);
-    const __m512i half = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+    const __m512i half = _mm512_mask_mov_epi32(_mm512_srli_epi32(half_more, 16), nan, _mm512_set1_epi32(0x7fc0));
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(job.out) + at, rows, _mm512_cvtepi32_epi16(half));
 }
 

@@ -288,9 +288,9 @@ private:
     int64_t far_ = 0;                             // first token of those that share decoded weights
     int64_t group_ = 0;                           // first scale group of the slice
     int count_ = 0;                               // scale groups of the slice
-    Left left_;
+    Left left_{};
     Done done_;
-    Next next_;
+    Next next_{};
     Tiles tiles_;
 };
 

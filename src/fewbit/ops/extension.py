@@ -20,8 +20,8 @@ ISA_VARIABLE = "FEWBIT_ISA"
 def load_native() -> ModuleType | None:
     """The native module, or None after one RuntimeWarning if it was not built.
 
-    The environment variable FEWBIT_ISA (portable, avx2 or avx512) forces an instruction set; `UsageError`
-    if this machine or build lacks it.
+    The environment variable FEWBIT_ISA (portable, avx2, avx512, amx, or amx-emulated for tests) forces an
+    instruction set; `UsageError` if this machine or build lacks it.
     """
     try:
         from fewbit import _native
