@@ -133,14 +133,14 @@ def test_the_example_format_works(monkeypatch):
     monkeypatch.setattr(base, "_FORMATS", dict(base._FORMATS))
     (example,) = blocks(ROOT / "docs" / "add-a-format.md", "python")
     exec(compile(example, "add-a-format.md", "exec", dont_inherit=True), {"__name__": "example"})
-    fmt = base.get_format("int4")
+    fmt = base.get_format("row4")
     spec = fmt.spec(17, 576, 4)
     weight = torch.randn(17, 576, generator=torch.Generator().manual_seed(0))
     for factor in (None, inverse_factor(weight.t() @ weight)):
         done = quantize_rotated(fmt, weight, spec, factor)
         assert {name: (tuple(part.shape), part.dtype) for name, part in done.parts.items()} == fmt.layout(spec)
         assert torch.equal(fmt.dequantize(done.parts, spec), done.values)
-    assert "int4" not in format_names()
+    assert "row4" not in format_names()
 
 
 def test_the_example_family_is_the_one_in_the_package():
