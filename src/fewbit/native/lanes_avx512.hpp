@@ -170,7 +170,7 @@ struct LaneProduct {
         const int64_t left = (job.rows + kTileRows - 1) / kTileRows - row_group;
         for (int t = 0; t < T; ++t)
             for (int p = 0; p < (left < kPanel ? left : kPanel); ++p)
-                write_rows(job, t, row_group + p, total + t * 64 + p * kTileRows);
+                write_sums(job, t, row_group + p, _mm512_loadu_ps(total + t * 64 + p * kTileRows));
     }
 
     template <int K, int T = kTokens>

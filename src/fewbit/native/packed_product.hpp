@@ -10,6 +10,7 @@
 //                             the codes
 //   decode(...)               a panel of row groups in one scale group; decode_row_groups will do
 //   tile<T>(...)              the integer sums of T tokens with a panel's bytes, scaled and added to `total`
+//   write(...)                a row group's totals of one token to the output; write_rows will do
 
 // Calls body with the decoder that the job's codes need.
 template <class V, class Body>
@@ -177,7 +178,7 @@ void multiply_panel(const ProductJob& job, int64_t panel, const Decoder& decoder
         }
         for (int64_t token = begin; token < end; ++token)
             for (int p = 0; p < count; ++p)
-                write_rows(job, token, row_group + p, scratch.total + (token - begin) * width + p * kTileRows);
+                V::write(job, token, row_group + p, scratch.total + (token - begin) * width + p * kTileRows);
     }
 }
 

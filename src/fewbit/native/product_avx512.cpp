@@ -34,6 +34,10 @@ struct Wide {
     using Trellis = TrellisChunks<K>;
     using Nibbles = NibbleChunks;
 
+    static void write(const ProductJob& job, int64_t token, int64_t row_group, const float* total) {
+        write_sums(job, token, row_group, _mm512_loadu_ps(total));
+    }
+
     template <class Decoder>
     static void decode(const ProductJob& job, int64_t row_group, int count, int64_t g, const Decoder& decoder,
                        ProductScratch& scratch) {
@@ -119,11 +123,7 @@ struct Few {
                 total[t] = add_scaled(total[t], dots[t][0], scale, job.input_scale[t * groups + g]);
             }
         }
-        for (int t = 0; t < T; ++t) {
-            alignas(64) float y[kTileRows];
-            _mm512_store_ps(y, total[t]);
-            write_rows(job, t, row_group, y);
-        }
+        for (int t = 0; t < T; ++t) write_sums(job, t, row_group, total[t]);
     }
 };
 

@@ -63,6 +63,10 @@ struct Plain {
         }
     };
 
+    static void write(const ProductJob& job, int64_t token, int64_t row_group, const float* total) {
+        write_rows(job, token, row_group, total);
+    }
+
     template <class Decoder>
     static void decode(const ProductJob& job, int64_t row_group, int count, int64_t g, const Decoder& decoder,
                        ProductScratch& scratch) {

@@ -112,6 +112,10 @@ struct Narrow {
         }
     };
 
+    static void write(const ProductJob& job, int64_t token, int64_t row_group, const float* total) {
+        write_rows(job, token, row_group, total);
+    }
+
     template <class Decoder>
     static void decode(const ProductJob& job, int64_t row_group, int count, int64_t g, const Decoder& decoder,
                        ProductScratch& scratch) {
@@ -251,6 +255,10 @@ struct Lanes {
             _mm_storeu_si128(to + 2 * c, columns[c]);
             _mm_storeu_si128(to + 2 * c + 1, _mm_abs_epi8(columns[c]));
         }
+    }
+
+    static void write(const ProductJob& job, int64_t token, int64_t row_group, const float* total) {
+        write_rows(job, token, row_group, total);
     }
 
     template <class Decoder>

@@ -20,7 +20,7 @@ ISA_VARIABLE = "FEWBIT_ISA"
 def load_native() -> ModuleType | None:
     """The native module, or None after one RuntimeWarning if it was not built.
 
-    The environment variable FEWBIT_ISA (portable, avx2, avx512, amx, or amx-emulated for tests) forces an
+    The environment variable FEWBIT_ISA (portable, avx2, avxvnni, avx512, amx, or amx-emulated for tests) forces an
     instruction set; `UsageError` if this machine or build lacks it.
     """
     try:
