@@ -32,9 +32,10 @@ def dequantize(scales):
     native.trellis_dequantize(np.zeros((2, 6 * 64), np.uint8), scales, tables, 3, 64, np.empty((32, 64), np.float32))
 
 def product(tokens, q, codes):
-    native.trellis_linear(longer(q.numpy(), tokens), torch.zeros(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32),
-                          longer(codes.numpy(), 3), torch.zeros(48, 2, dtype=torch.uint16), 1.0, tables, None, 3,
-                          torch.empty(tokens, 48))
+    matrix = native.Matrix(longer(codes.numpy(), 3), torch.zeros(48, 2, dtype=torch.uint16), 1.0, tables, None, 192, 3,
+                           "trellis")
+    native.packed_linear(longer(q.numpy(), tokens), torch.zeros(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32),
+                         matrix, torch.empty(tokens, 48))
 
 def memory_of_numpy():
     dequantize(longer(np.ones((31, 1), np.float32), 32))
@@ -49,7 +50,7 @@ def codes():
     product(20, torch.zeros(20, 192, dtype=torch.int8), torch.zeros(1, 6 * 192, dtype=torch.uint8))
 
 def output():
-    native.rotate_quantize(torch.ones(2, 64), None, 64, 64, longer(torch.empty(1, 64, dtype=torch.int8).numpy(), 2),
+    native.rotate_quantize(torch.ones(2, 64), None, 64, 64, 8, longer(torch.empty(1, 64, dtype=torch.int8).numpy(), 2),
                            torch.empty(2, 1), torch.empty(2, 1, dtype=torch.int32))
 
 def misaligned():
