@@ -11,7 +11,7 @@ from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.formats.base import EncodedGroup, Layout, TensorSpec, register
 from fewbit.formats.rowwise import RowwiseFormat
 from fewbit.math.hadamard import scale_group
-from fewbit.math.rounding import round_in_chunks
+from fewbit.math.rounding import round_integers
 
 UNIT = 32
 MAX_CODE = 127
@@ -53,19 +53,7 @@ class GroupInt8(RowwiseFormat):
         relative = weight.abs().amax(1) / MAX_CODE / tensor_scale
         scales = relative.clamp(max=torch.finfo(torch.float16).max).half()
         step = (scales.float() * tensor_scale)[:, None]
-        inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
-        codes = torch.empty_like(weight, dtype=torch.int8)
-
-        def quantize(start: int, columns: torch.Tensor) -> torch.Tensor:
-            chosen = torch.round(columns * inverse).clamp(-MAX_CODE, MAX_CODE)
-            codes[:, start : start + columns.shape[1]] = chosen.to(torch.int8)
-            return chosen * step
-
-        error = None
-        if factor is None:
-            values = quantize(0, weight)
-        else:
-            values, error = round_in_chunks(weight, factor, 1, quantize)
+        codes, values, error = round_integers(weight, step, -MAX_CODE, MAX_CODE, factor)
         return EncodedGroup({"codes": codes, "scales": scales[:, None]}, values, error)
 
     def assemble(self, groups: list[EncodedGroup], spec: TensorSpec, tensor_scale: float) -> dict[str, torch.Tensor]:

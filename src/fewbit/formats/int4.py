@@ -13,7 +13,7 @@ import torch
 from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.formats.base import EncodedGroup, Format, Layout, TensorSpec, register
 from fewbit.math.hadamard import MIN_BLOCK, rotation_block
-from fewbit.math.rounding import round_in_chunks
+from fewbit.math.rounding import round_integers
 
 ROW_GROUP = 16
 OFFSET = 8
@@ -92,19 +92,7 @@ class Int4(Format):
     ) -> EncodedGroup:
         scales = (best_scales(weight) / tensor_scale).clamp(max=torch.finfo(torch.float16).max).half()
         step = (scales.float() * tensor_scale)[:, None]
-        inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
-        codes = torch.empty_like(weight, dtype=torch.int8)
-
-        def quantize(start: int, columns: torch.Tensor) -> torch.Tensor:
-            chosen = torch.round(columns * inverse).clamp(LEAST, MOST)
-            codes[:, start : start + columns.shape[1]] = chosen.to(torch.int8)
-            return chosen * step
-
-        error = None
-        if factor is None:
-            values = quantize(0, weight)
-        else:
-            values, error = round_in_chunks(weight, factor, 1, quantize)
+        codes, values, error = round_integers(weight, step, LEAST, MOST, factor)
         return EncodedGroup({"codes": pack_nibbles(codes), "scales": scales[:, None]}, values, error)
 
     def assemble(self, groups: list[EncodedGroup], spec: TensorSpec, tensor_scale: float) -> dict[str, torch.Tensor]:

@@ -116,6 +116,28 @@ def round_in_chunks(
     return values.t().contiguous(), error.t().contiguous()
 
 
+def round_integers(
+    weight: torch.Tensor, step: torch.Tensor, least: int, most: int, factor: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Round one group of columns to integers times a step per row, column by column where there is a factor.
+
+    `weight` is float32 `[rows, group]`, `step` float32 `[rows, 1]` (0: all integers are 0). Returns the integers, int8
+    in `least`..`most`, the values `integers * step`, and the feedback of `round_in_chunks` (None without a factor).
+    """
+    inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
+    codes = torch.empty_like(weight, dtype=torch.int8)
+
+    def quantize(start: int, columns: torch.Tensor) -> torch.Tensor:
+        chosen = torch.round(columns * inverse).clamp(least, most)
+        codes[:, start : start + columns.shape[1]] = chosen.to(torch.int8)
+        return chosen * step
+
+    if factor is None:
+        return codes, quantize(0, weight), None
+    values, error = round_in_chunks(weight, factor, 1, quantize)
+    return codes, values, error
+
+
 def quantize_rotated(
     fmt: Format,
     weight: torch.Tensor,
