@@ -290,7 +290,7 @@ void linear(const Floats& x, const std::optional<Signs>& signs, int block, int a
     multiply(std::move(jobs));
 }
 
-// Rows of `first` bytes each followed by rows of `second` bytes, token by token.
+// Token by token, `first` entries of a followed by `second` ones of b.
 template <class T>
 void join(const T* a, int64_t first, const T* b, int64_t second, int64_t tokens, T* out) {
     for (int64_t t = 0; t < tokens; ++t, out += first + second) {
