@@ -154,12 +154,13 @@ class FewbitEmbedding(PackedTensor):
         # Only the row groups asked for are put back in order, with those that stand beside them.
         groups, beside = rows // ROW_GROUP, self.codes.shape[1] // (2 * self.spec.bits * self.spec.cols)
         several = from_lanes(self.codes[groups // beside], beside * rows.numel(), self.spec.cols, self.spec.bits)
-        codes = several[beside * torch.arange(rows.numel()) + groups % beside]
+        place_of = torch.arange(rows.numel(), device=rows.device)
+        codes = several[beside * place_of + groups % beside]
         scales = self.scales[rows].repeat_interleave(ROW_GROUP, 0)
         spec = replace(self.spec, rows=ROW_GROUP * rows.numel())
         taken = {"scale": self.scale, "tables": self.tables, "codes": codes, "scales": scales}
         values = weight_format.dequantize(taken, spec).view(rows.numel(), ROW_GROUP, self.spec.cols)
-        return values[torch.arange(rows.numel()), rows % ROW_GROUP]
+        return values[place_of, rows % ROW_GROUP]
 
 
 class TiedHead(nn.Module):
