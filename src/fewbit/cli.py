@@ -38,15 +38,27 @@ def quantize(
     head: Annotated[str, typer.Option(help="Output head and embeddings: itq4, itq3, int8 or bf16.")] = "itq4",
     rounding: Annotated[str, typer.Option(help="ldlq (error feedback from calibration text) or nearest.")] = "ldlq",
     calib: Annotated[
-        list[Path] | None,
-        typer.Option("--calib", help="Calibration text, UTF-8; repeatable. Default: web and Wikipedia text, fetched."),
+        list[str] | None,
+        typer.Option(
+            "--calib",
+            help="Calibration text, repeatable, FILE or FILE:WEIGHT; UTF-8, or .jsonl with text or messages (chats go "
+            "through the model's template). Default: web and Wikipedia text, fetched.",
+        ),
     ] = None,
     calib_tokens: Annotated[int, typer.Option(help="Token budget over all calibration files.")] = 65536,
     calib_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     calib_dtype: Annotated[
         str, typer.Option(help="Matrix products of calibration: auto, bfloat16 or float32.")
     ] = "auto",
-    damping: Annotated[float, typer.Option(help="Hessian damping, relative to its mean diagonal.")] = 0.01,
+    sequential: Annotated[
+        bool, typer.Option(help="Calibrate each layer behind those that are rounded already, or in the full model.")
+    ] = True,
+    damping: Annotated[str, typer.Option(help="Hessian damping relative to its mean diagonal, or auto.")] = "auto",
+    executor: Annotated[str, typer.Option(help="Where tensors are rounded: serial, process or ray.")] = "serial",
+    workers: Annotated[int | None, typer.Option(help="Workers of that executor. Default: one per processor.")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Where the unfinished run lies. Default: hidden, beside OUT.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, and replace an existing output.")] = False,
     json_: Json = False,
@@ -54,7 +66,7 @@ def quantize(
     """Compress MODEL into the directory OUT. An interrupted run continues where it stopped."""
     from fewbit.pipeline.options import QuantizeOptions
     from fewbit.pipeline.predict import predict
-    from fewbit.pipeline.run import prepare
+    from fewbit.pipeline.run import Placement, prepare
     from fewbit.pipeline.run import quantize as run
 
     if format_ != "itq3_s":
@@ -67,8 +79,10 @@ def quantize(
         calib_tokens=calib_tokens,
         calib_window=calib_window,
         calib_dtype=calib_dtype,
-        damping=damping,
+        sequential=sequential,
+        damping=_damping(damping),
     )
+    placement = Placement(work_dir, executor, workers, fresh)
     files = calib or (_default_calibration() if rounding == "ldlq" else [])
     if dry_run:
         _, plan, windows = prepare(model, options, files)
@@ -83,7 +97,7 @@ def quantize(
             )
         return
     with progress_bars(lines=not json_) as bars:
-        result = run(model, out, options, files, fresh, bars)
+        result = run(model, out, options, files, placement, bars)
     if json_:
         print_json(result.to_json())
         return
@@ -93,14 +107,27 @@ def quantize(
         f"{human_seconds(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}"
         + (f", {result.resumed_tensors} tensors from an earlier run" if result.resumed_tensors else "")
     )
+    if result.unseen:
+        stdout.print(
+            f"{len(result.unseen)} tensors saw no calibration token and were rounded without error feedback, "
+            f"{result.unseen[0]} first; more --calib-tokens reach more experts",
+            soft_wrap=True,
+        )
     stdout.print(f"Try it: fewbit generate {result.output} -p 'Once upon a time'")
 
 
-def _default_calibration() -> list[Path]:
+def _damping(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise UsageError(f"--damping takes a number or auto, not '{text}'") from error
+
+
+def _default_calibration() -> list[str]:
     from fewbit.assets import fetch_text
 
     with progress_bars() as bars:
-        return [fetch_text(name, progress=bars.fetch) for name in ("c4.calib", "wiki.calib")]
+        return [str(fetch_text(name, progress=bars.fetch)) for name in ("c4.calib", "wiki.calib")]
 
 
 @app.command()
@@ -128,15 +155,23 @@ def inspect(path: Checkpoint, json_: Json = False) -> None:
 
 
 @app.command()
-def verify(path: Checkpoint, json_: Json = False) -> None:
+def verify(
+    path: Checkpoint,
+    source: Annotated[
+        str | None, typer.Option(help="The model it was made from: also compare every error with the recorded one.")
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Check every tensor of a checkpoint: present, of the right shape, unchanged, decodable."""
     from fewbit.checkpoint.artifact import Artifact
+    from fewbit.checkpoint.source import open_source
 
     artifact = Artifact.open(path)
+    original = open_source(source) if source else None
     problems = {}
     with progress_bars() as bars:
         bars.stage("checking", len(artifact.record["tensors"]))
-        for name, problem in artifact.verify():
+        for name, problem in artifact.verify(original):
             if problem:
                 problems[name] = problem
             bars.advance()

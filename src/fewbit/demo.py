@@ -33,7 +33,7 @@ from fewbit.math.hadamard import random_signs, rotate
 from fewbit.math.rounding import quantize_rotated
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan
-from fewbit.pipeline.run import prepare, quantize
+from fewbit.pipeline.run import Placement, prepare, quantize
 
 PRODUCT = "trellis"
 CONTROLS = ("iq3_s", "ternary")
@@ -181,7 +181,7 @@ def _quantize(
         stderr.print(f"{path} is there already and matches; --fresh makes it again", soft_wrap=True, markup=False)
         return
     with progress_bars() as bars:
-        result = quantize(model, path, options, calibration, fresh, bars)
+        result = quantize(model, path, options, calibration, Placement(fresh=fresh), bars)
     stderr.print(
         f"{human_bytes(result.bytes)}, {result.bits_per_weight['body']:.3f} bits per weight in the layers, mean error "
         f"{result.mean_relative_error:.4f}, {human_seconds(result.seconds)}",

@@ -14,10 +14,13 @@ from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.loading import load
-from fewbit.pipeline.calibrate import HessianCollector, LayerStream, calibration_windows
+from fewbit.pipeline import workdir
+from fewbit.pipeline.calibrate import HessianCollector, LayerStream
 from fewbit.pipeline.options import QuantizeOptions
-from fewbit.pipeline.run import quantize
+from fewbit.pipeline.run import Placement, quantize
+from fewbit.pipeline.texts import CalibrationText, calibration_windows
 
+FRESH = Placement(fresh=True)
 OPTIONS = QuantizeOptions(calib_tokens=512, calib_window=64, calib_dtype="float32")
 
 
@@ -120,7 +123,9 @@ def test_an_interrupted_run_refuses_other_options_and_names_the_difference(tiny_
     other = QuantizeOptions(bits=4, calib_tokens=512, calib_window=64, calib_dtype="float32")
     with pytest.raises(UsageError, match="bits 3 instead of 4"):
         quantize(tiny_models["tied"], tmp_path / "out", other, [calibration_text])
-    assert quantize(tiny_models["tied"], tmp_path / "out", other, [calibration_text], fresh=True).resumed_tensors == 0
+    assert (
+        quantize(tiny_models["tied"], tmp_path / "out", other, [calibration_text], placement=FRESH).resumed_tensors == 0
+    )
 
 
 def test_an_existing_output_is_refused_and_replaced_only_when_asked(tiny_models, calibration_text, tmp_path):
@@ -135,13 +140,13 @@ def test_fresh_replaces_a_checkpoint_but_never_another_directory(tiny_models, tm
     nearest = QuantizeOptions(rounding="nearest")
     out = tmp_path / "out"
     quantize(tiny_models["tied"], out, nearest)
-    quantize(tiny_models["biased"], out, nearest, fresh=True)
+    quantize(tiny_models["biased"], out, nearest, placement=FRESH)
     assert Artifact.open(out).config["model_type"] == "qwen2"
     precious = tmp_path / "photos"
     precious.mkdir()
     (precious / "summer.jpg").write_text("mine")
     with pytest.raises(UsageError, match="not a fewbit checkpoint"):
-        quantize(tiny_models["tied"], precious, nearest, fresh=True)
+        quantize(tiny_models["tied"], precious, nearest, placement=FRESH)
     assert (precious / "summer.jpg").read_text() == "mine"
 
 
@@ -155,7 +160,7 @@ def test_not_a_number_in_a_weight_is_refused_and_leaves_no_output(tiny_models, c
         (broken / name).write_bytes((tiny_models["tied"] / name).read_bytes())
     for options in (OPTIONS, QuantizeOptions(rounding="nearest")):
         with pytest.raises(NonFiniteWeights, match=r"model.layers.1.mlp.up_proj.weight holds NaN"):
-            quantize(broken, tmp_path / "out", options, [calibration_text], fresh=True)
+            quantize(broken, tmp_path / "out", options, [calibration_text], placement=FRESH)
         assert not (tmp_path / "out").exists()
 
 
@@ -163,7 +168,7 @@ def test_a_full_disk_is_seen_before_the_work_begins(tiny_models, calibration_tex
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(FewbitError, match="free some space"):
         quantize(tiny_models["tied"], tmp_path / "out", OPTIONS, [calibration_text])
     assert not (tmp_path / "out").exists()
@@ -176,13 +181,14 @@ def test_error_feedback_without_text_is_refused_with_the_remedy(tiny_models, tmp
 
 def test_the_layer_stream_computes_what_the_whole_model_computes(tiny_models, calibration_text):
     source = open_source(tiny_models["biased"])
-    windows = calibration_windows(source, [calibration_text], 640, 64)
-    stream = LayerStream(source, run_module.get_family("qwen2"))
-    hidden = stream.embed(windows)
+    windows, _ = calibration_windows(source, [CalibrationText(calibration_text)], 640, 64)
+    stream = LayerStream(source, run_module.get_family("qwen2"), windows)
+    batches = list(stream.embed())
     for index in range(len(stream)):
         stream.load(f"model.layers.{index}")
-        stream.run_layer(index, hidden, hidden)
+        batches = [stream.run_layer(index, hidden) for hidden in batches]
         stream.unload(f"model.layers.{index}")
+    hidden = torch.cat(batches)
     full = load_plain(source, torch.float32)
     expected = full.model(windows, output_hidden_states=True).hidden_states[-1]
     found = full.model.norm(hidden)
@@ -192,13 +198,13 @@ def test_the_layer_stream_computes_what_the_whole_model_computes(tiny_models, ca
 def test_hessians_are_the_second_moment_of_the_inputs():
     linear = torch.nn.Linear(6, 2)
     x = torch.randn(5, 7, 6)
-    with HessianCollector([("x", linear)]) as collector:
+    with HessianCollector([("x", linear)], {"x": (None, 1)}) as collector:
         linear(x[:2])
         linear(x[2:])
     flat = x.reshape(-1, 6)
-    torch.testing.assert_close(collector.mean("x"), flat.T @ flat / 35)
     linear(x)
     assert collector.tokens["x"] == 35
+    torch.testing.assert_close(collector.take("x", 6), flat.T @ flat / 35)
 
 
 def test_the_log_holds_one_line_per_tensor(tiny_models, calibration_text, tmp_path):

@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fewbit.checkpoint.source import Source, SourceRows
 from fewbit.checkpoint.store import FORMAT_VERSION, read_json, tensors_hash
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.formats import TensorSpec, get_format
 from fewbit.formats.base import Layout
+from fewbit.math.hadamard import rotate, unpack_signs
+from fewbit.math.rounding import CHUNK_WEIGHTS, ROW_MULTIPLE
 
 MAX_HEADER_BYTES = 100 << 20
+ERROR_TOLERANCE = 1e-3  # of a recorded error; sums of another machine round differently
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,14 @@ class Artifact:
             "tensors": tensors,
         }
 
-    def verify(self) -> Iterator[tuple[str, str]]:
-        """Check every tensor; yields (tensor, problem) with an empty problem where all is well."""
+    def verify(self, source: Source | None = None) -> Iterator[tuple[str, str]]:
+        """Check every tensor; yields (tensor, problem) with an empty problem where all is well.
+
+        A tensor has to be there, have the shape of its format, hold the bytes that were recorded and decode to
+        finite numbers; given the `source` it was made from, also have the error that was recorded.
+        """
+        if source is not None and source.fingerprint() != self.record["source_fingerprint"]:
+            raise UsageError(f"{source.path} is not the model that {self.path} was made from; give that one")
         recorded = {entry["name"]: entry for entry in self.record["tensors"]}
         for name, entry in recorded.items():
             module = self.modules.get(name.removesuffix(".weight")) if entry["format"] else None
@@ -163,15 +174,36 @@ class Artifact:
                 tensors = self.parts(module) if module else self.tensors([name])
                 problem = "" if tensors_hash(tensors) == entry["sha256"] else "its bytes differ from those written"
                 if module and not problem:
-                    problem = _decode_problem(module, tensors)
+                    rows = SourceRows(source, name) if source else None
+                    problem = _decode_problem(module, tensors, rows, entry["relative_error"])
             except CorruptFile as error:
                 problem = str(error)
             yield name, problem
 
 
-def _decode_problem(module: QuantizedModule, parts: dict[str, torch.Tensor]) -> str:
-    values = get_format(module.spec.format).dequantize(parts, module.spec)
-    return "" if torch.isfinite(values).all() else "it decodes to NaN or infinity"
+def _decode_problem(
+    module: QuantizedModule, parts: dict[str, torch.Tensor], source: SourceRows | None, recorded: float
+) -> str:
+    """What is wrong with the decoded tensor, looked at some rows at a time; the error is |W - W^|^2 / |W|^2."""
+    spec, weight_format = module.spec, get_format(module.spec.format)
+    signs = unpack_signs(parts["signs"], spec.cols) if spec.block > 1 else None
+    stored = {name: part for name, part in parts.items() if name != "signs"}
+    rows = max(ROW_MULTIPLE, CHUNK_WEIGHTS // spec.cols // ROW_MULTIPLE * ROW_MULTIPLE)
+    lost = energy = 0.0
+    for start in range(0, spec.rows, rows):
+        stop = min(start + rows, spec.rows)
+        values = weight_format.dequantize(*weight_format.slice_rows(stored, spec, start, stop))
+        if not torch.isfinite(values).all():
+            return "it decodes to NaN or infinity"
+        if source is not None:
+            weight = source[start:stop]
+            energy += float(weight.double().square().sum())
+            lost += float(
+                (values - (rotate(weight, signs, spec.block) if signs is not None else weight)).double().square().sum()
+            )
+    if source is None or abs(lost - recorded * energy) <= ERROR_TOLERANCE * recorded * energy + TINY:
+        return ""
+    return f"it decodes with an error of {lost / max(energy, TINY):.6g}, recorded are {recorded:.6g}"
 
 
 def is_artifact(path: Path) -> bool:

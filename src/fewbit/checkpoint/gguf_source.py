@@ -91,13 +91,16 @@ class GgufSource(Source):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name).shape[::-1].tolist())
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def _dequantize(self, name: str, rows: slice) -> torch.Tensor:
         entry = self._entry(name)
         try:
-            values = gguf.dequantize(entry.data, entry.tensor_type)
+            values = gguf.dequantize(entry.data[rows], entry.tensor_type)
         except NotImplementedError as error:
             raise UsageError(f"{self.path}: {name} has type {entry.tensor_type.name}, which cannot be read") from error
-        weight = torch.tensor(values, dtype=torch.float32)
+        return torch.tensor(values, dtype=torch.float32)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        weight = self._dequantize(name, slice(None))
         for part, heads in (
             (".self_attn.q_proj.", self.config.num_attention_heads),
             (".self_attn.k_proj.", self.config.num_key_value_heads),
@@ -105,6 +108,11 @@ class GgufSource(Source):
             if self._family.gguf_permuted and part in name:
                 weight = unpermute_rotary(weight, heads)
         return weight
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if self._family.gguf_permuted and (".self_attn.q_proj." in name or ".self_attn.k_proj." in name):
+            return self.tensor(name)[start:stop]
+        return self._dequantize(name, slice(start, stop))
 
     def fingerprint(self) -> str:
         return fingerprint_files([self.path], self.config)

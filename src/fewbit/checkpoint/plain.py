@@ -16,6 +16,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import SHARD_LIMIT, ShardedWriter
 from fewbit.errors import CorruptFile, UsageError
+from fewbit.experts import fuse_names
+from fewbit.models import find_family
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,6 +28,7 @@ def load_plain(source: Source, dtype: torch.dtype = torch.bfloat16) -> Any:
     Raises `CorruptFile` when the source lacks a tensor, which transformers would fill with random numbers.
     """
     weights = {name: source.tensor(name).to(dtype) for name in source.names()}
+    weights = fuse_names(weights, find_family(source.config.model_type))
     # The automatic class insists on a path; the model's own class does not need one.
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
     model, loading = model_class.from_pretrained(

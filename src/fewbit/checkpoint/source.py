@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from fewbit.errors import CorruptFile, FewbitError, UsageError
+from fewbit.models import Experts, find_family
 
 MAX_HEADER = 100_000_000
 """Bytes that the header of a safetensors or GGUF file may take."""
@@ -63,6 +65,10 @@ class Source(ABC):
         """A fresh float32 tensor; raises `CorruptFile` when the file has none of that name."""
 
     @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor, fresh and float32, where possible without reading the others."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """A hex sha256 that changes when the model does; takes milliseconds.
 
@@ -77,6 +83,31 @@ class Source(ABC):
     @abstractmethod
     def copy_tokenizer(self, out_dir: str | Path) -> None:
         """Put the tokenizer's and the generation configuration's files into `out_dir`."""
+
+
+class SourceRows:
+    """A matrix of a source that is read in slices of rows, as `fewbit.math.rounding` takes it."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self._source, self._name = source, name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._source.shape(self._name)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self._source.rows(self._name, rows.start, rows.stop)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: a file, its name there, and the part of a tensor of all experts that it is."""
+
+    file: str
+    name: str
+    expert: int | None = None
+    first_row: int = 0
+    rows: int = 0
 
 
 def open_source(path: str | Path) -> Source:
@@ -110,20 +141,24 @@ class SafetensorsSource(Source):
         self.path = directory
         self.config = _load_config(directory)
         files = _shard_files(directory)
-        self._handles = {}
-        self._where: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        self._where: dict[str, _Stored] = {}
+        family = find_family(self.config.model_type)
+        experts = family.experts if family else None
         for file, promised in files.items():
             handle = _open_safetensors(directory / file)
             self._handles[file] = handle
             held = list(handle.keys())
             for name in promised - set(held):
                 raise CorruptFile(f"{directory / file}: holds no {name}, which {INDEX} promises; download it again")
-            self._where.update((name, file) for name in held if self._is_weight(name))
-        for name, file in self._where.items():
-            dtype = self._handles[file].get_slice(name).get_dtype()
+            for name in held:
+                if self._is_weight(name):
+                    self._where |= _entries(file, name, handle.get_slice(name).get_shape(), experts)
+        for stored in self._where.values():
+            dtype = self._handles[stored.file].get_slice(stored.name).get_dtype()
             if dtype not in _FLOAT_DTYPES:
                 raise UsageError(
-                    f"{directory / file}: {name} has dtype {dtype}; full-precision models have "
+                    f"{directory / stored.file}: {stored.name} has dtype {dtype}; full-precision models have "
                     f"{', '.join(_FLOAT_DTYPES)}: give the model from before its quantization"
                 )
 
@@ -134,17 +169,31 @@ class SafetensorsSource(Source):
     def names(self) -> list[str]:
         return list(self._where)
 
-    def _handle(self, name: str) -> Any:
+    def _stored(self, name: str) -> tuple[_Stored, Any]:
+        """Where the tensor lies, and a handle that reads slices of it."""
         if name not in self._where:
             raise CorruptFile(f"{self.path}: has no tensor {name}; download the model again")
-        return self._handles[self._where[name]]
+        stored = self._where[name]
+        return stored, self._handles[stored.file].get_slice(stored.name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        stored, slices = self._stored(name)
+        shape = tuple(slices.get_shape())
+        return shape if stored.expert is None else (stored.rows, *shape[2:])
 
     def tensor(self, name: str) -> torch.Tensor:
+        stored, _ = self._stored(name)
+        if stored.expert is not None:
+            return self.rows(name, 0, stored.rows)
         # A copy: the handle's tensor is a view of the mapped file.
-        return self._handle(name).get_tensor(name).to(torch.float32, copy=True)
+        return self._handles[stored.file].get_tensor(stored.name).to(torch.float32, copy=True)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stored, slices = self._stored(name)
+        if stored.expert is None:
+            return slices[start:stop].to(torch.float32, copy=True)
+        first, last = stored.first_row + start, stored.first_row + min(stop, stored.rows)
+        return slices[stored.expert, first:last].to(torch.float32, copy=True)
 
     def fingerprint(self) -> str:
         return fingerprint_files([self.path / file for file in sorted(self._handles)], self.config)
@@ -159,6 +208,26 @@ class SafetensorsSource(Source):
         for item in sorted(self.path.iterdir()):
             if item.is_file() and any(fnmatch.fnmatch(item.name, pattern) for pattern in _COMPANION_FILES):
                 shutil.copyfile(item, Path(out_dir) / item.name)
+
+
+def _entries(file: str, name: str, shape: list[int], experts: Experts | None) -> dict[str, _Stored]:
+    """The tensors that one stored tensor holds, under the names this project gives them."""
+    if experts is None:
+        return {name: _Stored(file, name)}
+    known = name
+    for old, new in experts.renames:
+        known = known.replace(old, new)
+    parent, _, leaf = known.rpartition(".")
+    if not parent.endswith(f".{experts.module}") or leaf not in ("gate_up_proj", "down_proj"):
+        return {known: _Stored(file, name)}
+    count, rows = shape[0], shape[1]
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    each = rows // len(parts)
+    return {
+        f"{parent}.{expert}.{part}.weight": _Stored(file, name, expert, number * each, each)
+        for expert in range(count)
+        for number, part in enumerate(parts)
+    }
 
 
 def fingerprint_files(files: list[Path], config: PretrainedConfig) -> str:

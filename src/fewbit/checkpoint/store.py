@@ -22,6 +22,20 @@ from fewbit.errors import CorruptFile, FewbitError
 
 FORMAT_VERSION = 1
 SHARD_LIMIT = 4 << 30
+_COPY_BYTES = 1 << 24
+_DTYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_RANKS = {dtype: len(_DTYPE_NAMES) - place for place, dtype in enumerate(_DTYPE_NAMES)}
 
 
 @contextmanager
@@ -92,36 +106,65 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
 
 
 class ShardedWriter:
-    """Collects tensors into `model*.safetensors` files of bounded size, with the usual index when several."""
+    """Writes tensors into `model*.safetensors` files of bounded size, with the usual index when several.
+
+    A tensor's bytes go to disk when it is added, so memory never holds more than one; the header, which has to
+    stand in front of them, is known when a file is full, and the bytes are then copied behind it. The files are
+    those that the safetensors library would write.
+    """
 
     def __init__(self, directory: Path, limit: int = SHARD_LIMIT) -> None:
         self._directory = directory
         self._limit = limit
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
+        self._entries: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
+        self._data = directory / "tensors.partial"
+        self._size = 0
         self._total = 0
         self._files: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._limit:
+        if self._entries and self._size + size > self._limit:
             self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += size
+        with disk_errors(self._data), self._data.open("ab") as file:
+            if size:
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._entries.append((name, tensor.dtype, tuple(tensor.shape), self._size, size))
+        self._size += size
         self._total += size
 
     def _part(self, index: int) -> Path:
         return self._directory / f"part-{index:05d}.safetensors"
 
     def _flush(self) -> None:
-        write_tensors(self._part(len(self._files)), self._pending, {"format": "pt"})
-        self._files.append(sorted(self._pending))
-        self._pending = {}
-        self._pending_bytes = 0
+        # The library's order: widest types first, so that every tensor is aligned, then names.
+        ordered = sorted(self._entries, key=lambda entry: (-_RANKS[entry[1]], entry[0]))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, dtype, shape, _, size in ordered:
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        target = self._part(len(self._files))
+        with disk_errors(target), target.open("wb") as out, self._data.open("rb") as file:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for _, _, _, start, size in ordered:
+                file.seek(start)
+                for done in range(0, size, _COPY_BYTES):
+                    out.write(file.read(min(_COPY_BYTES, size - done)))
+        self._data.unlink()
+        self._files.append(sorted(entry[0] for entry in self._entries))
+        self._entries = []
+        self._size = 0
 
     def close(self) -> None:
         """Write what is left, give the files their final names and write the index."""
-        if self._pending:
+        if self._entries:
             self._flush()
         count = len(self._files)
         if count == 1:

@@ -8,7 +8,7 @@ asks for it; they read and write no files and know nothing about models.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -104,6 +104,21 @@ class Format(ABC):
     def dequantize_rows(self, parts: dict[str, torch.Tensor], spec: TensorSpec, rows: torch.Tensor) -> torch.Tensor:
         """Some rows (int64 `[n]`) as float32 `[n, cols]`, still rotated; the default decodes everything."""
         return self.dequantize(parts, spec)[rows]
+
+    def slice_rows(
+        self, parts: dict[str, torch.Tensor], spec: TensorSpec, start: int, stop: int
+    ) -> tuple[dict[str, torch.Tensor], TensorSpec]:
+        """The stored parts of rows `start` (a multiple of 16) to `stop`, as those of a matrix of its own."""
+        part_spec = replace(spec, rows=stop - start)
+        if part_spec == spec:
+            return parts, spec
+        whole, before, own = self.layout(spec), self.layout(replace(spec, rows=start)), self.layout(part_spec)
+        cut = {}
+        for name, (shape, _) in whole.items():
+            first, count = before[name][0][0] if start else 0, own[name][0][0]
+            # A part that does not grow with the rows belongs to the whole matrix.
+            cut[name] = parts[name] if shape == own[name][0] else parts[name][first : first + count]
+        return cut, part_spec
 
     def storage_bytes(self, spec: TensorSpec) -> int:
         total = 0

@@ -17,6 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fewbit.checkpoint.artifact import check_version, modules_from_json
 from fewbit.checkpoint.store import FORMAT_VERSION
 from fewbit.errors import CorruptFile
+from fewbit.experts import separate_experts
+from fewbit.models import find_family
 from fewbit.modules import FewbitEmbedding, FewbitLinear, PackedTensor, TiedHead
 
 
@@ -38,11 +40,14 @@ class FewbitQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         settings = self.quantization_config.to_dict()
         check_version(settings)
         modules = modules_from_json(settings["modules"])
         dtype = getattr(model, "dtype", torch.float32)
+        family = find_family(model.config.model_type)
+        if family is not None:
+            separate_experts(model, family)
         for name, description in modules.items():
             try:
                 original = model.get_submodule(name)

@@ -7,9 +7,9 @@ runs any format over a whole matrix; how a column is rounded is the format's bus
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from fewbit.formats.base import Format, TensorSpec
 
 MAX_DAMPING = 10.0
-CHUNK_ROWS = 16384
+CHUNK_WEIGHTS = 1 << 23  # weights of a matrix that are rounded at once; bounds the memory of large tables
+ROW_MULTIPLE = 16  # formats may store rows in groups of this many
+PANEL, WIDE_PANEL = 256, 2048  # columns that the factorization takes at once, and that one update reaches
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +40,9 @@ class Quantized:
 def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     """The upper triangular `U` with `U' U = (H + damping * mean(diag H) * I)^-1`, float32 `[K, K]`.
 
-    `hessian` is the second moment of the (rotated) inputs, symmetric `[K, K]`, any floating type; the
-    arithmetic is float64. Inputs that were never active (zero diagonal) are detached from the others, so
+    `hessian` is the second moment of the (rotated) inputs, symmetric `[K, K]`, any floating type. Works in
+    float32 with float64 diagonal blocks, inside one copy of the Hessian, because the largest Hessian is also the
+    largest matrix of a run. Inputs that were never active (zero diagonal) are detached from the others, so
     that they neither cause nor receive feedback. Where the damped matrix is not positive definite the
     damping grows tenfold, up to `MAX_DAMPING`, with a warning that says which value was used. Raises
     `FewbitError` for a matrix with NaN or infinity, or one that no damping makes positive definite.
@@ -48,43 +51,79 @@ def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor
         raise UsageError(f"a Hessian is a square matrix, not {tuple(hessian.shape)}")
     if damping <= 0:
         raise UsageError(f"the damping must be positive, not {damping}; the usual value is 0.01")
-    if not bool(torch.isfinite(hessian).all()):
+    if not bool(torch.isfinite(hessian.sum())):
         raise FewbitError(
             "the Hessian holds NaN or infinity: an activation overflowed during calibration; "
             "calibrate in float32 or bfloat16, or with other texts"
         )
-    # Reversed in both axes, the lower factor of H becomes an upper one, M M' = H, and U = M^-1: one
-    # factorization and one triangular solve, and H is never inverted.
-    reverse = hessian.double().flip(0, 1)
-    diagonal = reverse.diagonal()
-    dead = diagonal <= 0
-    level = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    reverse[dead, :] = 0.0
-    reverse[:, dead] = 0.0
-    diagonal[dead] = level
-    lower = _damped_cholesky(reverse, level, damping)
-    del reverse
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(lower.shape[0], dtype=lower.dtype), upper=False)
-    return inverse.flip(0, 1).float().contiguous()
-
-
-def _damped_cholesky(matrix: torch.Tensor, level: float, damping: float) -> torch.Tensor:
-    """The lower factor of `matrix` + damping * level * I, in place; raises the damping where it has to."""
-    first, applied = damping, 0.0
+    first = damping
     while True:
-        matrix.diagonal().add_((damping - applied) * level)
-        applied = damping
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+        # Reversed in both axes, the lower factor of H becomes an upper one, M M' = H, and U = M^-1: one
+        # factorization and one triangular inverse, and H is never inverted.
+        lower = hessian.flip(0, 1).float()
+        if _factorize(lower, damping):
             if damping != first:
                 _log.warning("Hessian not positive definite at damping %g; used %g", first, damping)
-            return lower
+            return _reverse(_invert_lower(lower))
         if damping >= MAX_DAMPING:
             raise FewbitError(
-                f"the Hessian [{matrix.shape[0]}, {matrix.shape[0]}] is not positive definite even with damping "
+                f"the Hessian [{hessian.shape[0]}, {hessian.shape[0]}] is not positive definite even with damping "
                 f"{damping:g}: it is not a second moment; delete its statistics and calibrate again"
             )
         damping = min(damping * 10.0, MAX_DAMPING)
+
+
+def _factorize(matrix: torch.Tensor, damping: float) -> bool:
+    """Cholesky in place: the lower factor of the damped `matrix`, zeros above it; False where there is none."""
+    size = matrix.shape[0]
+    diagonal = matrix.diagonal()
+    dead = diagonal <= 0
+    level = float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
+    matrix[dead, :] = 0.0
+    matrix[:, dead] = 0.0
+    diagonal[dead] = level
+    diagonal.add_(damping * level)
+    for start in range(0, size, PANEL):
+        stop = min(start + PANEL, size)
+        block, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].double())
+        if int(info) != 0 or not bool(torch.isfinite(block).all()):
+            return False
+        matrix[start:stop, start:stop] = block.float()
+        matrix[start:stop, stop:] = 0.0
+        if stop == size:
+            break
+        inverse = torch.linalg.solve_triangular(block, torch.eye(stop - start, dtype=block.dtype), upper=False)
+        below = matrix[stop:, start:stop]
+        below.copy_(below @ inverse.T.float())
+        for left in range(stop, size, WIDE_PANEL):
+            right = min(left + WIDE_PANEL, size)
+            matrix[left:, left:right].addmm_(below[left - stop :], below[left - stop : right - stop].T, alpha=-1.0)
+    return True
+
+
+def _reverse(matrix: torch.Tensor) -> torch.Tensor:
+    """A contiguous matrix reversed in both axes, in its place: its elements in the opposite order."""
+    flat = matrix.view(-1)
+    half = flat.numel() // 2
+    for start in range(0, half, CHUNK_WEIGHTS):
+        stop = min(start + CHUNK_WEIGHTS, half)
+        left, right = flat[start:stop], flat[flat.numel() - stop : flat.numel() - start]
+        kept = left.clone()
+        left.copy_(right.flip(0))
+        right.copy_(kept.flip(0))
+    return matrix
+
+
+def _invert_lower(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix, in its place."""
+    for start in range(0, matrix.shape[0], PANEL):
+        stop = min(start + PANEL, matrix.shape[0])
+        block = matrix[start:stop, start:stop].double()
+        inverse = torch.linalg.solve_triangular(block, torch.eye(stop - start, dtype=block.dtype), upper=False).float()
+        if start:
+            matrix[start:stop, :start] = -inverse @ (matrix[start:stop, :start] @ matrix[:start, :start])
+        matrix[start:stop, start:stop] = inverse
+    return matrix
 
 
 def round_in_chunks(
@@ -181,41 +220,51 @@ def quantize_rotated(
     return Quantized(parts, values, lost / total if total > 0.0 else 0.0)
 
 
+class Rows(Protocol):
+    """A matrix that gives its rows in slices: a tensor, or one that is still in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice) -> torch.Tensor: ...
+
+
 def quantize_matrix(
     fmt: Format,
-    weight: torch.Tensor,
+    weight: Rows,
     spec: TensorSpec,
     signs: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
-    keep_values: bool = True,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_weights: int = CHUNK_WEIGHTS,
 ) -> Quantized:
-    """Rotate and quantize a matrix, `chunk_rows` rows at a time, so that a large table is never held twice.
+    """Rotate and quantize a matrix, some rows at a time, so that a large table is never held whole.
 
-    `weight` is `[rows, cols]`, `signs` float32 `[cols]` (None: not rotated), `factor` as for
-    `quantize_rotated`; the result does not depend on `chunk_rows`, a multiple of 16. Without
-    `keep_values` the result's values are empty.
+    `weight` gives rows of `[rows, cols]`, `signs` is float32 `[cols]` (None: not rotated), `factor` as for
+    `quantize_rotated`; the result does not depend on `chunk_weights`. Its values are empty: the parts decode.
+    Raises `NonFiniteWeights` for NaN or infinity.
     """
-    pieces = weight.split(chunk_rows)
-    specs = [replace(spec, rows=piece.shape[0]) for piece in pieces]
+    rows = max(ROW_MULTIPLE, chunk_weights // spec.cols // ROW_MULTIPLE * ROW_MULTIPLE)
 
-    def rotated(piece: torch.Tensor) -> torch.Tensor:
-        return piece.float() if signs is None else rotate(piece.float(), signs, spec.block)
+    def pieces() -> Iterator[tuple[torch.Tensor, TensorSpec]]:
+        for start in range(0, spec.rows, rows):
+            piece = weight[start : min(start + rows, spec.rows)].float()
+            rotated = piece if signs is None else rotate(piece, signs, spec.block)
+            yield rotated, replace(spec, rows=piece.shape[0])
 
     shared = None
-    if len(pieces) > 1:
+    if rows < spec.rows:
         # Rows of zeros, such as unused tokens, have no scale of their own to compare.
-        found = [fmt.tensor_scale(rotated(p), s) for p, s in zip(pieces, specs, strict=True) if bool(p.any())]
-        shared = max(found, default=1.0)
-    done: list[Quantized] = []
-    for piece, piece_spec in zip(pieces, specs, strict=True):
-        quantized = quantize_rotated(fmt, rotated(piece), piece_spec, factor, shared)
-        done.append(quantized if keep_values else replace(quantized, values=torch.empty(0)))
-    energies = [float(piece.double().square().sum()) for piece in pieces]
-    lost = sum(energy * quantized.relative_error for energy, quantized in zip(energies, done, strict=True))
-    parts = {name: _join_rows([q.parts[name] for q in done], shape) for name, (shape, _) in fmt.layout(spec).items()}
-    values = torch.cat([quantized.values for quantized in done])
-    return Quantized(parts, values, lost / sum(energies) if sum(energies) > 0.0 else 0.0)
+        shared = max((fmt.tensor_scale(piece, part) for piece, part in pieces() if bool(piece.any())), default=1.0)
+    found: list[dict[str, torch.Tensor]] = []
+    lost = energy = 0.0
+    for piece, part in pieces():
+        quantized = quantize_rotated(fmt, piece, part, factor, shared)
+        found.append(quantized.parts)
+        own = float(piece.double().square().sum())
+        energy += own
+        lost += own * quantized.relative_error
+    parts = {name: _join_rows([piece[name] for piece in found], shape) for name, (shape, _) in fmt.layout(spec).items()}
+    return Quantized(parts, torch.empty(0), lost / energy if energy > 0.0 else 0.0)
 
 
 def _join_rows(pieces: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:

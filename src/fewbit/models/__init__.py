@@ -1,6 +1,17 @@
 """Model families: one short file each."""
 
-from fewbit.models import llama, qwen
-from fewbit.models.base import Family, SharedInput, families, get_family
+from fewbit.models import llama, mixtral, qwen, qwen_moe
+from fewbit.models.base import Experts, Family, SharedInput, families, find_family, get_family
 
-__all__ = ["Family", "SharedInput", "families", "get_family", "llama", "qwen"]
+__all__ = [
+    "Experts",
+    "Family",
+    "SharedInput",
+    "families",
+    "find_family",
+    "get_family",
+    "llama",
+    "mixtral",
+    "qwen",
+    "qwen_moe",
+]

@@ -25,11 +25,24 @@ class SharedInput:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of a mixture, which transformers holds as two three-dimensional parameters of one module.
+
+    `module` is that module relative to the layer; it has `gate_up_proj [E, 2 I, H]`, gates first, and
+    `down_proj [E, H, I]`. Here every expert is three linears, `<module>.<expert>.gate_proj`, `up_proj` and
+    `down_proj`, whichever way a checkpoint stores them; `renames` turn the names of checkpoints into these.
+    """
+
+    module: str = "mlp.experts"
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """Where things are in a family's transformers implementation.
 
-    `gguf_arch` is the architecture name in GGUF files; `gguf_permuted` says that query and key rows
-    are stored there in the interleaved rotary order.
+    In the names of `inputs` a `*` stands for the number of an expert. `gguf_arch` is the architecture name in
+    GGUF files; `gguf_permuted` says that query and key rows are stored there in the interleaved rotary order.
     """
 
     model_types: tuple[str, ...]
@@ -38,6 +51,7 @@ class Family:
     embed: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    experts: Experts | None = None
     gguf_arch: tuple[str, ...] = ()
     gguf_permuted: bool = False
 
@@ -47,6 +61,12 @@ LLAMA_INPUTS = (
     SharedInput(("self_attn.o_proj",), writes_residual=True),
     SharedInput(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
     SharedInput(("mlp.down_proj",), writes_residual=True),
+)
+
+MIXTURE_INPUTS = (
+    *LLAMA_INPUTS[:2],
+    SharedInput(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), norm="post_attention_layernorm"),
+    SharedInput(("mlp.experts.*.down_proj",), writes_residual=True),
 )
 
 _FAMILIES: dict[str, Family] = {}
@@ -68,6 +88,11 @@ def get_family(model_type: str) -> Family:
             "a new family is one short file in fewbit/models (docs/add-a-model.md)"
         )
     return _FAMILIES[model_type]
+
+
+def find_family(model_type: str) -> Family | None:
+    """The family of a transformers `model_type`, or None."""
+    return _FAMILIES.get(model_type)
 
 
 def families() -> tuple[Family, ...]:

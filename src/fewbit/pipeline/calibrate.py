@@ -7,50 +7,24 @@ family uses.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fewbit.checkpoint.source import Source
-from fewbit.errors import NonFiniteWeights, UsageError
+from fewbit.checkpoint.source import Source, SourceRows
+from fewbit.errors import NonFiniteWeights
+from fewbit.experts import separate_experts
+from fewbit.math.hadamard import rotate
 from fewbit.models import Family
 
-WINDOWS_PER_BATCH = 8
-
-
-def calibration_windows(source: Source, files: Sequence[Path], tokens: int, window: int) -> torch.Tensor:
-    """Token windows int64 `[n, window]`, an equal share from the start of each file.
-
-    Raises `UsageError` where a file is missing or all files together do not fill one window.
-    """
-    tokenizer = source.tokenizer()
-    share = max(1, tokens // window // max(1, len(files)))
-    chunks = []
-    for file in files:
-        if not Path(file).is_file():
-            raise UsageError(f"calibration file {file} does not exist; give a UTF-8 text file")
-        try:
-            # 12 bytes a token is more than any language model's tokenizer needs on running text.
-            text = Path(file).read_text(encoding="utf-8")[: 12 * share * window]
-        except UnicodeDecodeError as error:
-            raise UsageError(f"calibration file {file} is not UTF-8 text ({error.reason})") from error
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-        usable = min(share, ids.numel() // window)
-        chunks.append(ids[: usable * window].view(usable, window))
-    windows = torch.cat(chunks) if chunks else torch.empty(0, window, dtype=torch.long)
-    if windows.shape[0] == 0:
-        raise UsageError(f"the calibration text is shorter than one window of {window} tokens; give a longer file")
-    return windows
-
-
-def tokens_hash(windows: torch.Tensor) -> str:
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+WINDOWS_PER_BATCH = 4
+TABLE_ROWS = 8192  # rows of the embedding that are read at once
+PANEL = 1024  # columns of a Hessian that one product updates
+HELD_TOKENS = 512
 
 
 @contextmanager
@@ -86,16 +60,25 @@ def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+class _Enough(Exception):
+    """Raised by a hook when the rest of a layer need not run."""
+
+
 class LayerStream:
     """A model of which one part at a time is materialised from its source."""
 
-    def __init__(self, source: Source, family: Family, dtype: torch.dtype = torch.float32) -> None:
-        """`dtype` is that of the layers' matrix products; everything else is float32."""
+    def __init__(
+        self, source: Source, family: Family, windows: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`windows` are token ids int64 `[n, window]`; `dtype` is that of the layers' matrix products, everything
+        else is float32."""
         self.source = source
         self.dtype = dtype
         self.family = family
+        self.batches = windows.split(WINDOWS_PER_BATCH)
         with _parameters_on_meta():
             self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+            separate_experts(self.model, family)
         self.layers: nn.ModuleList = self.model.get_submodule(family.layers)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
@@ -118,14 +101,32 @@ class LayerStream:
         for name, parameter in list(part.named_parameters()):
             _set_parameter(part, name, parameter.to("meta"))
 
-    def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """Hidden states in front of the first layer, float32 `[n, window, hidden]`."""
-        self.load(self.family.embed)
-        hidden = torch.cat([self._record(batch)[0] for batch in windows.split(WINDOWS_PER_BATCH)])
-        self.unload(self.family.embed)
-        return hidden
+    @torch.inference_mode()
+    def embed(self) -> Iterator[torch.Tensor]:
+        """Hidden states in front of the first layer, float32 `[windows, window, hidden]`, batch by batch.
 
-    def _record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        Only the rows of the embedding that the windows use are read.
+        """
+        table: Any = self.model.get_submodule(self.family.embed)
+        name = f"{self.family.embed}.weight"
+        used, compact = torch.unique(torch.cat(self.batches), return_inverse=True)
+        rows = SourceRows(self.source, name)
+        taken = []
+        for start in range(0, rows.shape[0], TABLE_ROWS):
+            inside = used[(used >= start) & (used < start + TABLE_ROWS)] - start
+            if inside.numel():
+                taken.append(rows[start : min(start + TABLE_ROWS, rows.shape[0])][inside])
+        values = torch.cat(taken)
+        if not torch.isfinite(values).all():
+            raise NonFiniteWeights(f"{name} holds NaN or infinity; the source model is damaged")
+        padding, table.padding_idx = table.padding_idx, None
+        _set_parameter(table, "weight", values)
+        for batch in compact.split(WINDOWS_PER_BATCH):
+            yield self._record(batch)
+        _set_parameter(table, "weight", values.to("meta"))
+        table.padding_idx = padding
+
+    def _record(self, batch: torch.Tensor) -> torch.Tensor:
         """Run everything but the layers, and note what each layer would have been called with."""
         first: list[torch.Tensor] = []
         kwargs: list[dict[str, Any]] = []
@@ -147,39 +148,36 @@ class LayerStream:
             for module in patched:
                 del module.forward
         self._kwargs[batch.shape[0]] = kwargs
-        return first[0], kwargs
+        return first[0]
 
-    def prepare(self, windows: torch.Tensor) -> None:
-        """Learn the layers' arguments when the hidden states come from a file and `embed` was not run."""
-        sizes = {batch.shape[0]: batch for batch in windows.split(WINDOWS_PER_BATCH)}
-        if all(size in self._kwargs for size in sizes):
-            return
-        self.load(self.family.embed)
-        for batch in sizes.values():
-            self._record(batch)
-        self.unload(self.family.embed)
+    def prepare(self) -> None:
+        """Learn the layers' arguments when the hidden states come from files and `embed` was not run."""
+        if not all(batch.shape[0] in self._kwargs for batch in self.batches):
+            for _ in self.embed():
+                pass
 
     @torch.inference_mode()
-    def run_layer(
-        self,
-        index: int,
-        hidden: torch.Tensor,
-        into: torch.Tensor | None = None,
-        advance: Callable[[int], None] = lambda steps: None,
-    ) -> None:
-        """Run layer `index` (which must be loaded) on hidden states float32 `[n, window, hidden]`.
-
-        What comes out goes `into` a tensor of the same shape, which may be `hidden` itself; without one the
-        layer runs for its hooks alone.
-        """
+    def run_layer(self, index: int, hidden: torch.Tensor, stop_at: nn.Module | None = None) -> torch.Tensor:
+        """What layer `index` (which must be loaded) makes of a batch of hidden states float32
+        `[windows, window, hidden]`; with `stop_at` the layer runs only up to that linear's input."""
         layer = self.layers[index]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16), bfloat16_products(self.dtype):
-            for start in range(0, hidden.shape[0], WINDOWS_PER_BATCH):
-                batch = hidden[start : start + WINDOWS_PER_BATCH]
-                result = layer(batch, **self._kwargs[batch.shape[0]][index])
-                if into is not None:
-                    into[start : start + WINDOWS_PER_BATCH] = result[0] if isinstance(result, tuple) else result
-                advance(batch.shape[0])
+        handle = None if stop_at is None else stop_at.register_forward_pre_hook(_stop)
+        try:
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+                bfloat16_products(self.dtype),
+            ):
+                result = layer(hidden, **self._kwargs[hidden.shape[0]][index])
+        except _Enough:
+            return hidden
+        finally:
+            if handle is not None:
+                handle.remove()
+        return result[0] if isinstance(result, tuple) else result
+
+
+def _stop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    raise _Enough
 
 
 def _set_parameter(part: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -188,21 +186,38 @@ def _set_parameter(part: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class HessianCollector:
-    """Sums `x x'` over the inputs of chosen linears while a layer runs; float32 `[K, K]` each."""
+    """Sums `x' x'^T` over the (rotated) inputs of chosen linears while a layer runs; float32 `[K, K]` each.
 
-    def __init__(self, linears: Iterable[tuple[str, nn.Module]]) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
+    The last inputs seen are kept as well, at most `HELD_TOKENS`, to choose the damping by.
+    """
+
+    def __init__(
+        self, linears: Iterable[tuple[str, nn.Module]], rotations: dict[str, tuple[torch.Tensor | None, int]]
+    ) -> None:
+        """`rotations` holds signs float32 `[K]` (None: not rotated) and block for every key of `linears`."""
         self.tokens: dict[str, int] = {}
-        self._handles = [module.register_forward_pre_hook(self._hook(key)) for key, module in linears]
+        self.held: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._rotations = rotations
+        self._handles = []
+        for key, module in linears:
+            self.tokens[key] = 0
+            self._handles.append(module.register_forward_pre_hook(self._hook(key)))
 
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def accumulate(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            if key not in self.sums:
-                self.sums[key] = torch.zeros(x.shape[1], x.shape[1])
-                self.tokens[key] = 0
-            self.sums[key].addmm_(x.T, x)
+            signs, block = self._rotations[key]
+            if signs is not None:
+                x = rotate(x, signs, block)
+            size = x.shape[1]
+            if key not in self._sums:
+                self._sums[key] = torch.zeros(size, size)
+            for start in range(0, size, PANEL):
+                # The sum is symmetric, so only what lies on and right of the diagonal is computed.
+                self._sums[key][start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
             self.tokens[key] += x.shape[0]
+            self.held[key] = x[-HELD_TOKENS:].clone()
 
         return accumulate
 
@@ -213,6 +228,20 @@ class HessianCollector:
         for handle in self._handles:
             handle.remove()
 
-    def mean(self, key: str) -> torch.Tensor:
-        """The second moment `E[x x']`, float32 `[K, K]`."""
-        return self.sums[key] / max(1, self.tokens[key])
+    def take(self, key: str, size: int) -> torch.Tensor:
+        """The second moment `E[x' x'^T]`, float32 `[size, size]`; may be called once.
+
+        Inputs that no token reached (an expert that was never chosen) give the identity: a neutral prior, under
+        which every weight counts the same.
+        """
+        if self.tokens[key] == 0:
+            return torch.eye(size)
+        total = self._sums.pop(key)
+        for start in range(0, size, PANEL):
+            stop = min(start + PANEL, size)
+            total[stop:, start:stop] = total[start:stop, stop:].T
+            # One product gave both halves of a block on the diagonal, not always rounded the same.
+            total[start:stop, start:stop] = (
+                total[start:stop, start:stop].triu() + total[start:stop, start:stop].triu(1).T
+            )
+        return total.div_(self.tokens[key])

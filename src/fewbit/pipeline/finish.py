@@ -14,21 +14,32 @@ from typing import Any
 import torch
 
 from fewbit import __version__
-from fewbit.checkpoint.artifact import QuantizedModule, modules_to_json
+from fewbit.checkpoint.artifact import Artifact, QuantizedModule, modules_to_json
 from fewbit.checkpoint.source import Source
-from fewbit.checkpoint.store import FORMAT_VERSION, ShardedWriter, read_tensors, tensors_hash, write_json
+from fewbit.checkpoint.store import FORMAT_VERSION, ShardedWriter, tensors_hash, write_json
 from fewbit.errors import CorruptFile, NonFiniteWeights
+from fewbit.math.rounding import CHUNK_WEIGHTS
+from fewbit.pipeline.jobs import read_shard, shard_path
 from fewbit.pipeline.plan import Plan, PlannedTensor
+from fewbit.pipeline.progress import Progress
 
 
-def finish(source: Source, plan: Plan, work: Path, output: Path) -> None:
-    """Write the checkpoint and put it in its place; an existing `output` is replaced."""
-    built = work / "output"
+def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Write the checkpoint, check it against the source and put it in its place; an existing `output` is replaced.
+
+    Returns what `fewbit.json` records of each tensor. Raises `CorruptFile` where a tensor does not decode to what
+    was recorded of it.
+    """
+    built = output.resolve().with_name(f".{output.resolve().name}.partial")
     shutil.rmtree(built, ignore_errors=True)
-    built.mkdir()
+    built.mkdir(parents=True)
     source.copy_tokenizer(built)
     writer = ShardedWriter(built)
-    records = [_add(source, plan, tensor, work, writer) for tensor in plan.tensors]
+    progress.stage("writing the checkpoint", len(plan.tensors))
+    records = []
+    for tensor in plan.tensors:
+        records.append(_add(source, plan, tensor, work, writer))
+        progress.advance()
     writer.close()
     write_json(built / "config.json", _config(source, plan))
     write_json(
@@ -42,9 +53,28 @@ def finish(source: Source, plan: Plan, work: Path, output: Path) -> None:
         },
     )
     (built / "README.md").write_text(_card(plan))
+    _verify(source, built, len(records), progress)
+    _replace(built, output)
+    return records
+
+
+def _verify(source: Source, built: Path, tensors: int, progress: Progress) -> None:
+    """Decode everything that was written and compare its error with the one recorded while rounding."""
+    progress.stage("checking the checkpoint", tensors)
+    for name, problem in Artifact.open(built).verify(source):
+        if problem:
+            raise CorruptFile(f"{built}: {name}: {problem}; check the disk and run again")
+        progress.advance()
+
+
+def _replace(built: Path, output: Path) -> None:
+    """Give the finished directory its name; what stood there before is gone only when that is done."""
+    old = built.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
     if output.exists():
-        shutil.rmtree(output)
+        os.replace(output, old)
     os.replace(built, output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _add(source: Source, plan: Plan, tensor: PlannedTensor, work: Path, writer: ShardedWriter) -> dict[str, Any]:
@@ -58,20 +88,33 @@ def _add(source: Source, plan: Plan, tensor: PlannedTensor, work: Path, writer: 
         "bits": tensor.spec.bits if tensor.spec else 0,
     }
     if tensor.spec is None:
-        plain = source.tensor(tensor.name).to(getattr(torch, tensor.dtype))
+        plain = _plain(source, tensor)
         if not torch.isfinite(plain).all():
             raise NonFiniteWeights(f"{tensor.name} holds NaN or infinity; the source model is damaged")
         stored = {tensor.name: plain}
         record |= {"reason": tensor.reason, "dtype": tensor.dtype, "sha256": tensors_hash(stored)}
     else:
-        stored, metadata = read_tensors(work / "shards" / f"{tensor.module}.safetensors")
-        if metadata.get("plan") != plan.identity:
-            raise CorruptFile(f"the shard of {tensor.name} belongs to another plan; start again with --fresh")
-        parts = {name.removeprefix(f"{tensor.module}."): part for name, part in stored.items()}
-        record |= {"relative_error": float(metadata["error"]), "sha256": tensors_hash(parts)}
+        shard = read_shard(work, plan, tensor)
+        if shard is None:
+            raise CorruptFile(f"{shard_path(work, tensor)} is missing or damaged; start again with --fresh")
+        stored = {f"{tensor.module}.{name}": part for name, part in shard.parts.items()}
+        record |= {**shard.facts, "sha256": tensors_hash(shard.parts)}
     for name, value in stored.items():
         writer.add(name, value)
     return record
+
+
+def _plain(source: Source, tensor: PlannedTensor) -> torch.Tensor:
+    """An unquantized tensor in the dtype it is stored in, read in slices, since tables are large."""
+    dtype = getattr(torch, tensor.dtype)
+    if len(tensor.shape) == 1:
+        return source.tensor(tensor.name).to(dtype)
+    plain = torch.empty(tensor.shape, dtype=dtype)
+    rows = max(1, CHUNK_WEIGHTS * tensor.shape[0] // tensor.weights)
+    for start in range(0, tensor.shape[0], rows):
+        stop = min(start + rows, tensor.shape[0])
+        plain[start:stop] = source.rows(tensor.name, start, stop)
+    return plain
 
 
 def _config(source: Source, plan: Plan) -> dict[str, Any]:

@@ -26,10 +26,11 @@ class QuantizeOptions:
 
     `code` and `bits` say how the linears of the decoder layers are stored, `head` how the output head
     and the embeddings are. `rounding` is "ldlq" (error feedback with the Hessian of the calibration
-    text) or "nearest". `calib_tokens` is the budget over all calibration files, cut into windows of
+    text) or "nearest". With `sequential` the Hessians are those of a model whose earlier linears are rounded
+    already, otherwise the full model's. `calib_tokens` is the budget over all calibration files, cut into windows of
     `calib_window` tokens. The layers' products run in `calib_dtype` ("auto": bfloat16 where the
-    processor multiplies it natively); hidden states and Hessians stay float32. `damping` is relative to
-    the mean of the Hessian's diagonal.
+    processor has AMX tiles for it); hidden states and Hessians stay float32. `damping` is relative to
+    the mean of the Hessian's diagonal ("auto": chosen per input on held-out tokens).
     """
 
     code: str = "trellis"
@@ -39,7 +40,8 @@ class QuantizeOptions:
     calib_tokens: int = 65536
     calib_window: int = 512
     calib_dtype: str = "auto"
-    damping: float = 0.01
+    damping: float | str = "auto"
+    sequential: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,16 +61,17 @@ class QuantizeOptions:
                 f"{self.calib_tokens} calibration tokens do not fill one window of {self.calib_window}; "
                 "raise --calib-tokens"
             )
-        if not 0 < self.damping < 1:
-            raise UsageError(f"damping must lie between 0 and 1, got {self.damping}")
+        if self.damping != "auto" and not (isinstance(self.damping, float) and 0 < self.damping < 1):
+            raise UsageError(f"damping must be auto or lie between 0 and 1, not {self.damping}")
 
-    def resolved(self) -> QuantizeOptions:
-        """The same options with "auto" replaced by what this machine does."""
+    def resolved(self, earlier: dict[str, Any] | None = None) -> QuantizeOptions:
+        """The same options with "auto" replaced by what suits this machine, or by what an `earlier` run chose."""
         if self.calib_dtype != "auto":
             return self
-        # PyTorch's own check covers AVX-512 BF16 and AMX; emulated bfloat16 is slower than float32.
-        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return replace(self, calib_dtype="bfloat16" if native else "float32")
+        if earlier is not None:
+            return replace(self, calib_dtype=earlier["calib_dtype"])
+        # Where AVX-512 alone multiplies bfloat16, PyTorch runs at half the speed of its float32.
+        return replace(self, calib_dtype="bfloat16" if torch.cpu._is_amx_tile_supported() else "float32")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,7 +21,7 @@ from fewbit.formats import TensorSpec, get_format
 from fewbit.models import Family, get_family
 from fewbit.pipeline.options import CODES, HEADS, QuantizeOptions
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class PlannedTensor:
 
     `kind` is "body" (a decoder layer's linear), "embed", "head" or "plain". `spec` is None for what is
     kept, with `reason` saying why and `dtype` how it is stored. `shared_input` names the group of
-    linears that read the same activations and therefore share one sign vector.
+    linears that read the same activations: the layer, the place in the family's inputs and, for an expert of a
+    mixture, its number.
     """
 
     name: str
@@ -52,8 +53,14 @@ class PlannedTensor:
 
     @property
     def signs_seed(self) -> int:
-        """A seed that depends on the shared input alone, so that q/k/v get the same signs."""
-        return int.from_bytes(hashlib.sha256(self.shared_input.encode()).digest()[:6], "little")
+        """A seed that depends on the shared input alone, so that q/k/v get the same signs, and all experts too."""
+        shared = ".".join(self.shared_input.split(".")[:2])
+        return int.from_bytes(hashlib.sha256(shared.encode()).digest()[:6], "little")
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer of a tensor of the body."""
+        return int(self.shared_input.partition(".")[0])
 
     @property
     def bits_per_weight(self) -> float:
@@ -175,9 +182,14 @@ def classify(family: Family, name: str) -> tuple[str, str]:
         return "head", "head"
     match = re.fullmatch(rf"{re.escape(family.layers)}\.(\d+)\.(.+)", module)
     if match and name.endswith(".weight"):
+        general, expert = match[2], ""
+        if family.experts is not None:
+            within = re.fullmatch(rf"({re.escape(family.experts.module)})\.(\d+)\.(.+)", general)
+            if within:
+                general, expert = f"{within[1]}.*.{within[3]}", f".{within[2]}"
         for index, shared in enumerate(family.inputs):
-            if match[2] in shared.linears:
-                return "body", f"{match[1]}.{index}"
+            if general in shared.linears:
+                return "body", f"{match[1]}.{index}{expert}"
     return "plain", ""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fewbit.formats import get_format
-from fewbit.math.rounding import CHUNK_ROWS, inverse_factor, quantize_rotated
+from fewbit.math.rounding import CHUNK_WEIGHTS, inverse_factor, quantize_rotated
 from fewbit.pipeline.calibrate import bfloat16_products
 from fewbit.pipeline.plan import Plan, PlannedTensor
 
@@ -64,7 +64,7 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
 
 
 def _chunk_weights(tensor: PlannedTensor) -> int:
-    return min(tensor.shape[0], CHUNK_ROWS) * tensor.shape[1]
+    return min(tensor.weights, max(CHUNK_WEIGHTS, 16 * tensor.shape[1]))
 
 
 def _factor_bytes(tensor: PlannedTensor) -> int:

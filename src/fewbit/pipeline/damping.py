@@ -1,0 +1,62 @@
+"""Chooses how much the diagonal of a Hessian is raised before error feedback trusts it.
+
+Too little follows the noise of a short calibration text, too much wastes what the text tells; held-out tokens
+decide, on a sample of rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fewbit.checkpoint.source import Source, SourceRows
+from fewbit.formats import get_format
+from fewbit.math.hadamard import rotate
+from fewbit.math.rounding import inverse_factor, quantize_rotated
+from fewbit.pipeline.jobs import tensor_signs
+from fewbit.pipeline.plan import PlannedTensor
+
+CANDIDATES = (0.003, 0.01, 0.03, 0.1)
+SAMPLE_ROWS, SAMPLE_COLS = 64, 2048
+
+
+def choose_damping(
+    source: Source, tensors: Sequence[PlannedTensor], hessian: torch.Tensor, held: torch.Tensor, tokens: int
+) -> float:
+    """The candidate with the least output error on `held` inputs.
+
+    `tensors` read one input whose (rotated) second moment over `tokens` tokens is `hessian`, float32 `[K, K]`;
+    `held [n, K]` are some of those tokens, and are taken out of the Hessian for the choice.
+    """
+    cols = min(hessian.shape[0], SAMPLE_COLS)
+    if held.shape[0] >= tokens:
+        return CANDIDATES[1]
+    samples = []
+    for tensor in tensors:
+        assert tensor.spec is not None
+        cols = min(cols, max(tensor.spec.group, SAMPLE_COLS // tensor.spec.group * tensor.spec.group))
+        samples.append((tensor.spec, _sample(source, tensor)))
+    seen = held[:, :cols]
+    rest = (hessian[:cols, :cols] * tokens - seen.T @ seen) / (tokens - held.shape[0])
+    losses = []
+    for damping in CANDIDATES:
+        factor = inverse_factor(rest, damping)
+        loss = 0.0
+        for spec, weight in samples:
+            weight = weight[:, :cols]
+            small = replace(spec, rows=weight.shape[0], cols=cols)
+            values = quantize_rotated(get_format(spec.format), weight, small, factor).values
+            loss += float((seen @ (values - weight).T).double().square().sum())
+        losses.append(loss)
+    return CANDIDATES[losses.index(min(losses))]
+
+
+def _sample(source: Source, tensor: PlannedTensor) -> torch.Tensor:
+    """Some rows from the middle of a matrix, rotated."""
+    assert tensor.spec is not None
+    start = max(0, (tensor.shape[0] - SAMPLE_ROWS) // 2)
+    rows = SourceRows(source, tensor.name)[start : min(start + SAMPLE_ROWS, tensor.shape[0])]
+    signs = tensor_signs(tensor)
+    return rows if signs is None else rotate(rows, signs, tensor.spec.block)

@@ -1,0 +1,123 @@
+"""One tensor's rounding as a function of files, so that any process on any machine may do it.
+
+A job reads the plan, the source's rows and the factor of the inverse Hessian, and writes a shard. What it
+writes depends on nothing else: not on the executor, not on the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.checkpoint.source import Source, SourceRows, open_source
+from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
+from fewbit.errors import CorruptFile, NonFiniteWeights
+from fewbit.formats import get_format
+from fewbit.math.hadamard import pack_signs, random_signs, unrotate
+from fewbit.math.rounding import quantize_matrix
+from fewbit.pipeline.plan import Plan, PlannedTensor
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class RoundJob:
+    """Round the tensor `name` of the plan in `work`; `factor` is a file in `work` or "" for plain rounding.
+
+    `facts` are recorded with the result.
+    """
+
+    work: str
+    name: str
+    factor: str = ""
+    facts: tuple[tuple[str, float], ...] = ()
+
+
+@functools.lru_cache(maxsize=1)
+def _plan(path: Path, modified: int) -> tuple[Plan, dict[str, PlannedTensor], Source]:
+    plan = Plan.load(path)
+    return plan, {tensor.name: tensor for tensor in plan.quantized}, open_source(plan.source)
+
+
+def tensor_signs(tensor: PlannedTensor) -> torch.Tensor | None:
+    """The signs of a planned tensor's inputs, float32 `[K]`; None where its format does not rotate."""
+    assert tensor.spec is not None
+    return random_signs(tensor.spec.cols, tensor.signs_seed) if tensor.spec.block > 1 else None
+
+
+def shard_path(work: Path, tensor: PlannedTensor) -> Path:
+    return work / "shards" / f"{tensor.module}.safetensors"
+
+
+@torch.inference_mode()
+def round_tensor(job: RoundJob) -> dict[str, Any]:
+    """Write the shard of a job; returns the line that the log gets. Raises `NonFiniteWeights` for NaN or infinity."""
+    started = time.monotonic()
+    work = Path(job.work)
+    path = work / PLAN_FILE
+    plan, tensors, source = _plan(path, path.stat().st_mtime_ns)
+    tensor = tensors[job.name]
+    spec = tensor.spec
+    assert spec is not None
+    factor = read_tensors(work / job.factor)[0]["factor"] if job.factor else None
+    signs = tensor_signs(tensor)
+    try:
+        quantized = quantize_matrix(get_format(spec.format), SourceRows(source, tensor.name), spec, signs, factor)
+    except NonFiniteWeights as error:
+        raise NonFiniteWeights(f"{tensor.name} holds NaN or infinity; the source model is damaged") from error
+    parts = {f"{tensor.module}.{name}": part for name, part in quantized.parts.items()}
+    if signs is not None:
+        parts[f"{tensor.module}.signs"] = pack_signs(signs)
+    facts = {"relative_error": quantized.relative_error, **dict(job.facts)}
+    write_shard(work, plan, tensor, parts, facts)
+    return {
+        "tensor": tensor.name,
+        "format": spec.format,
+        "bits_per_weight": round(tensor.bits_per_weight, 4),
+        **{key: float(f"{value:.6g}") for key, value in facts.items()},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def write_shard(
+    work: Path, plan: Plan, tensor: PlannedTensor, parts: dict[str, torch.Tensor], facts: dict[str, float]
+) -> None:
+    """Write a shard; `facts` are what fewbit.json tells of the tensor."""
+    metadata = {"plan": plan.identity, "facts": json.dumps(facts), "sha256": tensors_hash(parts)}
+    write_tensors(shard_path(work, tensor), parts, metadata)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a shard holds: the stored parts by their short names, and the facts about them."""
+
+    parts: dict[str, torch.Tensor]
+    facts: dict[str, float]
+
+    def weight(self, tensor: PlannedTensor) -> torch.Tensor:
+        """`W`, float32 `[N, K]`, on the inputs' own axes."""
+        assert tensor.spec is not None
+        values = get_format(tensor.spec.format).dequantize(self.parts, tensor.spec)
+        signs = tensor_signs(tensor)
+        return values if signs is None else unrotate(values, signs, tensor.spec.block)
+
+
+def read_shard(work: Path, plan: Plan, tensor: PlannedTensor) -> Shard | None:
+    """The shard of a tensor, or None where there is none that this plan made and that is whole."""
+    path = shard_path(work, tensor)
+    if not path.exists():
+        return None
+    try:
+        parts, metadata = read_tensors(path)
+    except CorruptFile:
+        return None
+    if metadata.get("plan") != plan.identity or metadata.get("sha256") != tensors_hash(parts):
+        return None
+    short = {name.removeprefix(f"{tensor.module}."): part for name, part in parts.items()}
+    return Shard(short, json.loads(metadata["facts"]))

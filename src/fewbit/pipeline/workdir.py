@@ -1,0 +1,97 @@
+"""The directory of a run that is not finished: whether it belongs to the request, and whether it fits the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoint.artifact import is_artifact
+from fewbit.checkpoint.store import disk_errors, write_json
+from fewbit.errors import FewbitError, UsageError
+from fewbit.pipeline.jobs import PLAN_FILE
+from fewbit.pipeline.plan import Plan
+
+
+def check_output(output: Path, fresh: bool) -> None:
+    """Refuse to write over what is there, and to replace anything but a checkpoint or an empty directory."""
+    if not output.exists():
+        return
+    if not fresh:
+        raise UsageError(f"{output} exists already; choose another output or replace it with --fresh")
+    if not output.is_dir() or (any(output.iterdir()) and not is_artifact(output)):
+        raise UsageError(f"{output} is not a fewbit checkpoint, so --fresh does not replace it; choose another output")
+
+
+def default_work(output: Path) -> Path:
+    """Beside the output, so that the finished directory is one rename away."""
+    return output.resolve().with_name(f".{output.resolve().name}.work")
+
+
+def earlier_plan(work: Path) -> Plan | None:
+    """The plan of the run that `work` holds, if any; raises `CorruptFile` where it cannot be read."""
+    return Plan.load(work / PLAN_FILE) if (work / PLAN_FILE).exists() else None
+
+
+def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool) -> None:
+    """Make the work directory, or check that the one there belongs to this plan; `facts` are written beside it."""
+    earlier = None if fresh else earlier_plan(work)
+    if earlier is None and work.exists() and any(work.iterdir()) and not _is_work(work):
+        raise UsageError(f"{work} is not empty and holds no run of fewbit; choose another --work-dir")
+    if earlier is not None:
+        if earlier.identity != plan.identity:
+            raise UsageError(
+                f"{work} holds an interrupted run with {difference(earlier, plan)}; "
+                "repeat that request to continue it, or start again with --fresh"
+            )
+        return
+    with disk_errors(work):
+        if fresh and work.exists():
+            shutil.rmtree(work)
+        (work / "shards").mkdir(parents=True, exist_ok=True)
+    write_json(work / PLAN_FILE, {**plan.to_json(), **facts})
+
+
+def _is_work(work: Path) -> bool:
+    # A run that was killed before its plan was written leaves an empty directory of shards.
+    return (work / PLAN_FILE).exists() or (work / "shards").is_dir()
+
+
+def difference(earlier: Plan, plan: Plan) -> str:
+    """What another plan has that this one has not, in words."""
+    if earlier.fingerprint != plan.fingerprint:
+        if earlier.source == plan.source:
+            return f"another content of {plan.source}: the model's files have changed since"
+        return f"another source model, {earlier.source}"
+    changed = [
+        "other calibration tokens: the texts or their weights have changed"
+        if key == "calibration"
+        else f"{key} {earlier.options.get(key)} instead of {value}"
+        for key, value in plan.options.items()
+        if earlier.options.get(key) != value
+    ]
+    return ", ".join(changed) or "another plan: it was made by another release of fewbit"
+
+
+def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int) -> None:
+    """Refuse to begin what the disk has no room for."""
+    spill = 0
+    if calibration_tokens:
+        widest = max((tensor.shape[1] for tensor in plan.quantized if tensor.kind == "body"), default=0)
+        width = next(tensor.shape[1] for tensor in plan.tensors if tensor.kind == "embed")
+        # Two generations of hidden states, the stream and the inputs of a layer's last linear, one factor.
+        spill = calibration_tokens * (3 * 4 * width + 2 * widest) + 4 * widest**2
+    shards = sum(tensor.bytes for tensor in plan.quantized)
+    needed = {work: shards + spill}
+    # The finished files are copied once while their headers are made.
+    needed[output.parent] = plan.totals()["bytes"] + min(plan.totals()["bytes"], 4 << 30)
+    parents = {path: path if path.exists() else path.resolve().parent for path in needed}
+    same = len({parent.stat().st_dev for parent in parents.values()}) == 1
+    for path, size in needed.items():
+        want = sum(needed.values()) if same else size
+        free = shutil.disk_usage(parents[path]).free
+        if free < want:
+            raise FewbitError(
+                f"the disk of {path} has {free / 1e6:.0f} MB free and the run needs about {want / 1e6:.0f} MB; "
+                "free some space or write to another disk"
+            )
