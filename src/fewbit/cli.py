@@ -54,6 +54,11 @@ def quantize(
         bool, typer.Option(help="Calibrate each layer behind those that are rounded already, or in the full model.")
     ] = True,
     damping: Annotated[str, typer.Option(help="Hessian damping relative to its mean diagonal, or auto.")] = "auto",
+    tune: Annotated[
+        bool | None,
+        typer.Option(help="Tune scales, norms and biases after rounding. Default: for models up to 2 G weights."),
+    ] = None,
+    tune_steps: Annotated[int, typer.Option(help="Steps of tuning at most; 0: fewer for larger models.")] = 0,
     executor: Annotated[str, typer.Option(help="Where tensors are rounded: serial, process or ray.")] = "serial",
     workers: Annotated[int | None, typer.Option(help="Workers of that executor. Default: one per processor.")] = None,
     work_dir: Annotated[
@@ -81,6 +86,8 @@ def quantize(
         calib_dtype=calib_dtype,
         sequential=sequential,
         damping=_damping(damping),
+        tune=tune,
+        tune_steps=tune_steps,
     )
     placement = Placement(work_dir, executor, workers, fresh)
     files = calib or (_default_calibration() if rounding == "ldlq" else [])

@@ -96,6 +96,10 @@ class BarProgress:
                 soft_wrap=True,
             )
 
+    def note(self, text: str) -> None:
+        if self._lines:
+            self._bar.console.print(text, soft_wrap=True)
+
     def fetch(self, what: str, done: int, total: int) -> None:
         """Parts of a download, as `fewbit.assets` reports them."""
         self.count(f"fetching {what}")(done, total)

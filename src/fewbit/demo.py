@@ -106,7 +106,7 @@ def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None 
     for code, path in paths.items():
         with stages.stage(f"quantize {code}", _QUANTIZE[code]):
             # The calibration tokens are those of the first plan, so they need not be cut again.
-            wanted = make_plan(source, settings.options(code).resolved(), plan.options["calibration"])
+            wanted = make_plan(source, settings.options(code).resolved(source.weights()), plan.options["calibration"])
             _quantize(model, path, settings.options(code), calibration, fresh, wanted)
     with _no_loading_bars():
         full, tokenizer = load_any(model)

@@ -21,7 +21,7 @@ from fewbit.pipeline.run import Placement, quantize
 from fewbit.pipeline.texts import CalibrationText, calibration_windows
 
 FRESH = Placement(fresh=True)
-OPTIONS = QuantizeOptions(calib_tokens=512, calib_window=64, calib_dtype="float32")
+OPTIONS = QuantizeOptions(calib_tokens=512, calib_window=64, calib_dtype="float32", tune=False)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("code", ["trellis", "ternary", "iq3_s", "lloyd8"])
 def test_every_code_makes_a_checkpoint_that_loads_and_computes(tiny_models, calibration_text, tmp_path, name, code):
     out = tmp_path / "out"
-    options = QuantizeOptions(code=code, calib_tokens=512, calib_window=64)
+    options = QuantizeOptions(code=code, calib_tokens=512, calib_window=64, tune=False)
     result = quantize(tiny_models[name], out, options, [calibration_text])
     assert result.bytes == Artifact.open(out).inspect()["bytes"]
     model, tokenizer = load(out, torch.float32)
@@ -48,7 +48,7 @@ def test_four_bits_are_closer_to_the_full_model_than_two(tiny_models, calibratio
     expected = full(ids).logits
     distance = {}
     for bits in (2, 4):
-        options = QuantizeOptions(bits=bits, calib_tokens=512, calib_window=64)
+        options = QuantizeOptions(bits=bits, calib_tokens=512, calib_window=64, tune=False)
         quantize(tiny_models["biased"], tmp_path / str(bits), options, [calibration_text])
         logits = load(tmp_path / str(bits), torch.float32)[0](ids).logits
         distance[bits] = (logits - expected).norm() / expected.norm()
@@ -98,6 +98,9 @@ class StopAfter:
     def advance(self, steps: int = 1) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
     def tensor(self, record: dict) -> None:
         self.left -= 1
         if self.left == 0:
@@ -120,7 +123,7 @@ def test_an_interrupted_run_ends_byte_identical_when_repeated(tiny_models, calib
 def test_an_interrupted_run_refuses_other_options_and_names_the_difference(tiny_models, calibration_text, tmp_path):
     with pytest.raises(StopRun):
         quantize(tiny_models["tied"], tmp_path / "out", OPTIONS, [calibration_text], progress=StopAfter(2))
-    other = QuantizeOptions(bits=4, calib_tokens=512, calib_window=64, calib_dtype="float32")
+    other = QuantizeOptions(bits=4, calib_tokens=512, calib_window=64, calib_dtype="float32", tune=False)
     with pytest.raises(UsageError, match="bits 3 instead of 4"):
         quantize(tiny_models["tied"], tmp_path / "out", other, [calibration_text])
     assert (

@@ -7,6 +7,7 @@ entry per quantized module, and whose `fewbit.json` records hashes and errors.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,8 +22,8 @@ from fewbit.checkpoint.store import FORMAT_VERSION, read_json, tensors_hash
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.formats import TensorSpec, get_format
 from fewbit.formats.base import Layout
-from fewbit.math.hadamard import rotate, unpack_signs
-from fewbit.math.rounding import CHUNK_WEIGHTS, ROW_MULTIPLE
+from fewbit.math.hadamard import unpack_signs
+from fewbit.math.rounding import decoded_error
 
 MAX_HEADER_BYTES = 100 << 20
 ERROR_TOLERANCE = 1e-3  # of a recorded error; sums of another machine round differently
@@ -184,23 +185,12 @@ class Artifact:
 def _decode_problem(
     module: QuantizedModule, parts: dict[str, torch.Tensor], source: SourceRows | None, recorded: float
 ) -> str:
-    """What is wrong with the decoded tensor, looked at some rows at a time; the error is |W - W^|^2 / |W|^2."""
-    spec, weight_format = module.spec, get_format(module.spec.format)
-    signs = unpack_signs(parts["signs"], spec.cols) if spec.block > 1 else None
+    """What is wrong with the decoded tensor; the error is |W - W^|^2 / |W|^2."""
+    signs = unpack_signs(parts["signs"], module.spec.cols) if module.spec.block > 1 else None
     stored = {name: part for name, part in parts.items() if name != "signs"}
-    rows = max(ROW_MULTIPLE, CHUNK_WEIGHTS // spec.cols // ROW_MULTIPLE * ROW_MULTIPLE)
-    lost = energy = 0.0
-    for start in range(0, spec.rows, rows):
-        stop = min(start + rows, spec.rows)
-        values = weight_format.dequantize(*weight_format.slice_rows(stored, spec, start, stop))
-        if not torch.isfinite(values).all():
-            return "it decodes to NaN or infinity"
-        if source is not None:
-            weight = source[start:stop]
-            energy += float(weight.double().square().sum())
-            lost += float(
-                (values - (rotate(weight, signs, spec.block) if signs is not None else weight)).double().square().sum()
-            )
+    lost, energy = decoded_error(get_format(module.spec.format), stored, module.spec, source, signs)
+    if not math.isfinite(lost):
+        return "it decodes to NaN or infinity"
     if source is None or abs(lost - recorded * energy) <= ERROR_TOLERANCE * recorded * energy + TINY:
         return ""
     return f"it decodes with an error of {lost / max(energy, TINY):.6g}, recorded are {recorded:.6g}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 import re
 import shutil
 from abc import ABC, abstractmethod
@@ -67,6 +68,10 @@ class Source(ABC):
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, fresh and float32, where possible without reading the others."""
+
+    def weights(self) -> int:
+        """The number of weights of the whole model."""
+        return sum(math.prod(self.shape(name)) for name in self.names())
 
     @abstractmethod
     def fingerprint(self) -> str:

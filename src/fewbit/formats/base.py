@@ -105,6 +105,12 @@ class Format(ABC):
         """Some rows (int64 `[n]`) as float32 `[n, cols]`, still rotated; the default decodes everything."""
         return self.dequantize(parts, spec)[rows]
 
+    def rescale(self, parts: dict[str, torch.Tensor], spec: TensorSpec, gain: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same codes with the decoded weights of every (row, group) times `gain`, float32 `[rows, groups]`; the
+        default scales the part `scales`, fp16 `[rows, groups]`."""
+        scaled = (parts["scales"].float() * gain.clamp(min=0)).clamp(max=torch.finfo(torch.float16).max)
+        return {**parts, "scales": scaled.half()}
+
     def slice_rows(
         self, parts: dict[str, torch.Tensor], spec: TensorSpec, start: int, stop: int
     ) -> tuple[dict[str, torch.Tensor], TensorSpec]:

@@ -243,7 +243,7 @@ def quantize_matrix(
     `quantize_rotated`; the result does not depend on `chunk_weights`. Its values are empty: the parts decode.
     Raises `NonFiniteWeights` for NaN or infinity.
     """
-    rows = max(ROW_MULTIPLE, chunk_weights // spec.cols // ROW_MULTIPLE * ROW_MULTIPLE)
+    rows = _chunk_rows(spec, chunk_weights)
 
     def pieces() -> Iterator[tuple[torch.Tensor, TensorSpec]]:
         for start in range(0, spec.rows, rows):
@@ -265,6 +265,30 @@ def quantize_matrix(
         lost += own * quantized.relative_error
     parts = {name: _join_rows([piece[name] for piece in found], shape) for name, (shape, _) in fmt.layout(spec).items()}
     return Quantized(parts, torch.empty(0), lost / energy if energy > 0.0 else 0.0)
+
+
+def _chunk_rows(spec: TensorSpec, chunk_weights: int) -> int:
+    return max(ROW_MULTIPLE, chunk_weights // spec.cols // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def decoded_error(
+    fmt: Format, parts: dict[str, torch.Tensor], spec: TensorSpec, weight: Rows | None, signs: torch.Tensor | None
+) -> tuple[float, float]:
+    """|W - W^|^2 and |W|^2 of stored parts against `weight [rows, cols]`, decoded some rows at a time.
+
+    Without `weight` it is taken to be zero, which still tells whether everything decodes to finite numbers.
+    """
+    rows = _chunk_rows(spec, CHUNK_WEIGHTS)
+    lost = energy = 0.0
+    for start in range(0, spec.rows, rows):
+        stop = min(start + rows, spec.rows)
+        difference = fmt.dequantize(*fmt.slice_rows(parts, spec, start, stop))
+        if weight is not None:
+            piece = weight[start:stop].float()
+            energy += float(piece.double().square().sum())
+            difference = difference - (piece if signs is None else rotate(piece, signs, spec.block))
+        lost += float(difference.double().square().sum())
+    return lost, energy
 
 
 def _join_rows(pieces: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:

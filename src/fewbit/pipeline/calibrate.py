@@ -68,14 +68,19 @@ class LayerStream:
     """A model of which one part at a time is materialised from its source."""
 
     def __init__(
-        self, source: Source, family: Family, windows: torch.Tensor, dtype: torch.dtype = torch.float32
+        self,
+        source: Source,
+        family: Family,
+        windows: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        windows_per_batch: int = WINDOWS_PER_BATCH,
     ) -> None:
         """`windows` are token ids int64 `[n, window]`; `dtype` is that of the layers' matrix products, everything
         else is float32."""
         self.source = source
         self.dtype = dtype
         self.family = family
-        self.batches = windows.split(WINDOWS_PER_BATCH)
+        self.batches = windows.split(windows_per_batch)
         with _parameters_on_meta():
             self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
             separate_experts(self.model, family)
@@ -86,9 +91,10 @@ class LayerStream:
         return len(self.layers)
 
     def load(self, prefix: str) -> nn.Module:
-        """Give the submodule `prefix` its weights, float32; raises `NonFiniteWeights` on NaN or infinity."""
+        """Give the submodule `prefix` the weights that it lacks, float32; raises `NonFiniteWeights` on NaN or
+        infinity."""
         part = self.model.get_submodule(prefix)
-        for name, _ in list(part.named_parameters()):
+        for name in [name for name, parameter in part.named_parameters() if parameter.is_meta]:
             tensor = self.source.tensor(f"{prefix}.{name}")
             if not torch.isfinite(tensor).all():
                 raise NonFiniteWeights(f"{prefix}.{name} holds NaN or infinity; the source model is damaged")
@@ -101,13 +107,12 @@ class LayerStream:
         for name, parameter in list(part.named_parameters()):
             _set_parameter(part, name, parameter.to("meta"))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self) -> Iterator[torch.Tensor]:
         """Hidden states in front of the first layer, float32 `[windows, window, hidden]`, batch by batch.
 
         Only the rows of the embedding that the windows use are read.
         """
-        table: Any = self.model.get_submodule(self.family.embed)
         name = f"{self.family.embed}.weight"
         used, compact = torch.unique(torch.cat(self.batches), return_inverse=True)
         rows = SourceRows(self.source, name)
@@ -119,12 +124,18 @@ class LayerStream:
         values = torch.cat(taken)
         if not torch.isfinite(values).all():
             raise NonFiniteWeights(f"{name} holds NaN or infinity; the source model is damaged")
-        padding, table.padding_idx = table.padding_idx, None
-        _set_parameter(table, "weight", values)
-        for batch in compact.split(WINDOWS_PER_BATCH):
+        table = self.set_rows(values)
+        for batch in compact.split(self.batches[0].shape[0]):
             yield self._record(batch)
         _set_parameter(table, "weight", values.to("meta"))
-        table.padding_idx = padding
+
+    def set_rows(self, values: torch.Tensor) -> nn.Module:
+        """Give the embedding some rows only, float32 `[n, hidden]`, and return it: its ids are now theirs."""
+        table: Any = self.model.get_submodule(self.family.embed)
+        # The number of the padding token means another row now; nothing here pads.
+        table.padding_idx = None
+        _set_parameter(table, "weight", values)
+        return table
 
     def _record(self, batch: torch.Tensor) -> torch.Tensor:
         """Run everything but the layers, and note what each layer would have been called with."""
@@ -156,23 +167,26 @@ class LayerStream:
             for _ in self.embed():
                 pass
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run_layer(self, index: int, hidden: torch.Tensor, stop_at: nn.Module | None = None) -> torch.Tensor:
         """What layer `index` (which must be loaded) makes of a batch of hidden states float32
         `[windows, window, hidden]`; with `stop_at` the layer runs only up to that linear's input."""
-        layer = self.layers[index]
         handle = None if stop_at is None else stop_at.register_forward_pre_hook(_stop)
         try:
             with (
                 torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16),
                 bfloat16_products(self.dtype),
             ):
-                result = layer(hidden, **self._kwargs[hidden.shape[0]][index])
+                return self.call_layer(index, hidden)
         except _Enough:
             return hidden
         finally:
             if handle is not None:
                 handle.remove()
+
+    def call_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer as it stands, differentiable where its weights are."""
+        result = self.layers[index](hidden, **self._kwargs[hidden.shape[0]][index])
         return result[0] if isinstance(result, tuple) else result
 
 

@@ -22,6 +22,7 @@ from fewbit.math.rounding import CHUNK_WEIGHTS
 from fewbit.pipeline.jobs import read_shard, shard_path
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
+from fewbit.pipeline.tune import TUNED, tuning_result
 
 
 def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progress) -> list[dict[str, Any]]:
@@ -37,8 +38,9 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
     writer = ShardedWriter(built)
     progress.stage("writing the checkpoint", len(plan.tensors))
     records = []
+    tuned, report = tuning_result(work)
     for tensor in plan.tensors:
-        records.append(_add(source, plan, tensor, work, writer))
+        records.append(_add(source, plan, tensor, work, tuned, writer))
         progress.advance()
     writer.close()
     write_json(built / "config.json", _config(source, plan))
@@ -50,6 +52,7 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
             "options": plan.options,
             "source_fingerprint": plan.fingerprint,
             "tensors": records,
+            **({"tuning": report} if report else {}),
         },
     )
     (built / "README.md").write_text(_card(plan))
@@ -77,7 +80,14 @@ def _replace(built: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _add(source: Source, plan: Plan, tensor: PlannedTensor, work: Path, writer: ShardedWriter) -> dict[str, Any]:
+def _add(
+    source: Source,
+    plan: Plan,
+    tensor: PlannedTensor,
+    work: Path,
+    tuned: dict[str, torch.Tensor],
+    writer: ShardedWriter,
+) -> dict[str, Any]:
     record: dict[str, Any] = {
         "name": tensor.name,
         "kind": tensor.kind,
@@ -88,13 +98,13 @@ def _add(source: Source, plan: Plan, tensor: PlannedTensor, work: Path, writer: 
         "bits": tensor.spec.bits if tensor.spec else 0,
     }
     if tensor.spec is None:
-        plain = _plain(source, tensor)
+        plain = tuned[tensor.name].to(getattr(torch, tensor.dtype)) if tensor.name in tuned else _plain(source, tensor)
         if not torch.isfinite(plain).all():
             raise NonFiniteWeights(f"{tensor.name} holds NaN or infinity; the source model is damaged")
         stored = {tensor.name: plain}
         record |= {"reason": tensor.reason, "dtype": tensor.dtype, "sha256": tensors_hash(stored)}
     else:
-        shard = read_shard(work, plan, tensor)
+        shard = read_shard(work / TUNED, plan, tensor) or read_shard(work, plan, tensor)
         if shard is None:
             raise CorruptFile(f"{shard_path(work, tensor)} is missing or damaged; start again with --fresh")
         stored = {f"{tensor.module}.{name}": part for name, part in shard.parts.items()}

@@ -20,7 +20,7 @@ from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
 from fewbit.errors import CorruptFile, NonFiniteWeights
 from fewbit.formats import get_format
 from fewbit.math.hadamard import pack_signs, random_signs, unrotate
-from fewbit.math.rounding import quantize_matrix
+from fewbit.math.rounding import decoded_error, quantize_matrix
 from fewbit.pipeline.plan import Plan, PlannedTensor
 
 PLAN_FILE = "plan.json"
@@ -55,7 +55,7 @@ def shard_path(work: Path, tensor: PlannedTensor) -> Path:
     return work / "shards" / f"{tensor.module}.safetensors"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def round_tensor(job: RoundJob) -> dict[str, Any]:
     """Write the shard of a job; returns the line that the log gets. Raises `NonFiniteWeights` for NaN or infinity."""
     started = time.monotonic()
@@ -91,6 +91,15 @@ def write_shard(
     """Write a shard; `facts` are what fewbit.json tells of the tensor."""
     metadata = {"plan": plan.identity, "facts": json.dumps(facts), "sha256": tensors_hash(parts)}
     write_tensors(shard_path(work, tensor), parts, metadata)
+
+
+def relative_error(source: Source, tensor: PlannedTensor, parts: dict[str, torch.Tensor]) -> float:
+    """|W - W^|^2 / |W|^2 of stored parts."""
+    spec = tensor.spec
+    assert spec is not None
+    rows = SourceRows(source, tensor.name)
+    lost, energy = decoded_error(get_format(spec.format), parts, spec, rows, tensor_signs(tensor))
+    return lost / energy if energy > 0.0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ HEADS = {"itq4": ("trellis", 4), "itq3": ("trellis", 3), "int8": ("int8", 8), "b
 ROUNDINGS = ("ldlq", "nearest")
 CALIB_DTYPES = ("auto", "bfloat16", "float32")
 
+TUNED_WEIGHTS = 2_000_000_000  # models up to here are tuned unless asked otherwise
+LEAST_STEPS, MOST_STEPS = 64, 320
+STEP_WEIGHTS = 4.3e10  # steps times weights that tuning takes by default: 320 steps for 135 M weights
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -31,6 +35,9 @@ class QuantizeOptions:
     `calib_window` tokens. The layers' products run in `calib_dtype` ("auto": bfloat16 where the
     processor has AMX tiles for it); hidden states and Hessians stay float32. `damping` is relative to
     the mean of the Hessian's diagonal ("auto": chosen per input on held-out tokens).
+
+    With `tune` (None: for models up to 2 G weights) scales, norms and biases follow the full model's predictions
+    after rounding, for at most `tune_steps` steps (0: fewer for larger models) at the rate `tune_rate`.
     """
 
     code: str = "trellis"
@@ -42,6 +49,9 @@ class QuantizeOptions:
     calib_dtype: str = "auto"
     damping: float | str = "auto"
     sequential: bool = True
+    tune: bool | None = None
+    tune_steps: int = 0
+    tune_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,6 +63,10 @@ class QuantizeOptions:
             raise UsageError(f"unknown rounding '{self.rounding}': choose one of {', '.join(ROUNDINGS)}")
         if self.calib_dtype not in CALIB_DTYPES:
             raise UsageError(f"unknown calibration dtype '{self.calib_dtype}': choose {', '.join(CALIB_DTYPES)}")
+        if self.tune and self.rounding == "nearest":
+            raise UsageError("tuning learns from calibration text, which --rounding nearest does without: use ldlq")
+        if self.tune_steps < 0 or not 0 < self.tune_rate < 1:
+            raise UsageError("tuning takes a positive number of steps and a rate between 0 and 1")
         allowed = get_format(CODES[self.code]).bits
         if self.bits not in allowed:
             raise UsageError(f"code {self.code} stores {' or '.join(map(str, allowed))} bits, not {self.bits}")
@@ -64,14 +78,20 @@ class QuantizeOptions:
         if self.damping != "auto" and not (isinstance(self.damping, float) and 0 < self.damping < 1):
             raise UsageError(f"damping must be auto or lie between 0 and 1, not {self.damping}")
 
-    def resolved(self, earlier: dict[str, Any] | None = None) -> QuantizeOptions:
-        """The same options with "auto" replaced by what suits this machine, or by what an `earlier` run chose."""
-        if self.calib_dtype != "auto":
-            return self
-        if earlier is not None:
-            return replace(self, calib_dtype=earlier["calib_dtype"])
-        # Where AVX-512 alone multiplies bfloat16, PyTorch runs at half the speed of its float32.
-        return replace(self, calib_dtype="bfloat16" if torch.cpu._is_amx_tile_supported() else "float32")
+    def resolved(self, weights: int, earlier: dict[str, Any] | None = None) -> QuantizeOptions:
+        """The same options with nothing left open, for a model of so many `weights`.
+
+        "auto" becomes what suits this machine, or what an `earlier` run chose.
+        """
+        dtype = self.calib_dtype
+        if dtype == "auto" and earlier is not None:
+            dtype = earlier["calib_dtype"]
+        elif dtype == "auto":
+            # Where AVX-512 alone multiplies bfloat16, PyTorch runs at half the speed of its float32.
+            dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+        tune = self.tune if self.tune is not None else self.rounding == "ldlq" and weights <= TUNED_WEIGHTS
+        steps = self.tune_steps or max(LEAST_STEPS, min(MOST_STEPS, int(STEP_WEIGHTS / max(1, weights))))
+        return replace(self, calib_dtype=dtype, tune=tune, tune_steps=steps if tune else 0)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,6 +6,7 @@ the reason; its totals count every weight, embeddings and head included.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -77,11 +78,11 @@ class Plan:
     options: dict[str, Any]
     tensors: tuple[PlannedTensor, ...]
 
-    @property
+    @functools.cached_property
     def quantized(self) -> tuple[PlannedTensor, ...]:
         return tuple(tensor for tensor in self.tensors if tensor.spec is not None)
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """A hash of everything that decides the output's bytes; shards of another plan are not reused."""
         return hashlib.sha256(json.dumps(self._decisions(), sort_keys=True).encode()).hexdigest()

@@ -24,6 +24,9 @@ class Progress(Protocol):
     def tensor(self, record: dict[str, Any]) -> None:
         """A tensor is stored: name, bits, error and seconds."""
 
+    def note(self, text: str) -> None:
+        """Something worth a line of its own."""
+
 
 class Silent:
     """Reports nothing."""
@@ -35,6 +38,9 @@ class Silent:
         pass
 
     def tensor(self, record: dict[str, Any]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
 
@@ -59,3 +65,7 @@ class Logged:
     def tensor(self, record: dict[str, Any]) -> None:
         self._write(record)
         self._inner.tensor(record)
+
+    def note(self, text: str) -> None:
+        self._write({"note": text})
+        self._inner.note(text)

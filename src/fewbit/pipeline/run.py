@@ -33,6 +33,7 @@ from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan
 from fewbit.pipeline.predict import predict
 from fewbit.pipeline.progress import Logged, Progress, Silent
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
+from fewbit.pipeline.tune import Tuner
 from fewbit.pipeline.workdir import check_output, check_space, default_work, earlier_plan, open_work
 
 
@@ -82,8 +83,8 @@ def prepare(
     Returns the source, the plan and the calibration windows int64 `[n, window]` (None where the options
     need no calibration). What `earlier` chose for "auto" options is kept.
     """
-    options = options.resolved(earlier.options if earlier else None)
     source = open_source(model)
+    options = options.resolved(source.weights(), earlier.options if earlier else None)
     windows = None
     if options.rounding == "ldlq":
         texts = [text if isinstance(text, CalibrationText) else CalibrationText.parse(text) for text in calibration]
@@ -119,9 +120,10 @@ def quantize(
     open_work(work, plan, {} if earlier else {"prediction": predict(plan, windows)}, placement.fresh)
     run = _Run(source, plan, windows, work, executor, Logged(progress or Silent(), work / "log.jsonl"))
     try:
-        with torch.inference_mode(), disk_errors(work):
+        with torch.no_grad(), disk_errors(work):
             run.layers()
             run.tables()
+            run.tune()
             records = finish(source, plan, work, output, run.progress)
             shutil.rmtree(work)
     finally:
@@ -158,6 +160,7 @@ class _Run:
         self.executor = executor
         self.progress = progress
         self.resumed = 0
+        self._windows = windows
         self._body: Body | None = None
         if windows is not None:
             dtype = getattr(torch, plan.options["calib_dtype"])
@@ -196,6 +199,13 @@ class _Run:
         factor = inverse_factor(hessian, CANDIDATES[1] if damping == "auto" else damping)
         write_tensors(self.work / name, {"factor": factor})
         return name
+
+    def tune(self) -> None:
+        """Adjust scales, norms and biases, where that was asked for."""
+        if self._windows is not None and self.plan.options["tune"]:
+            self._body = None
+            with torch.enable_grad():
+                Tuner(self.source, self.plan, self._windows, self.work, self.progress).run()
 
     def _round_all(self, title: str, tensors: list[PlannedTensor], factor: str) -> None:
         """Round tensors that do not wait for one another."""

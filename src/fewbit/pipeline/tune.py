@@ -1,0 +1,346 @@
+"""Tuning after rounding: scales, norms and biases follow the full model's predictions, codes stay as they are.
+
+Every tuned number is a gain around 1 on something that is stored: one per (row, group) of scales, because the
+rotation stays inside a group of columns and the gain therefore scales the same columns of the plain weight, and
+one per channel of norms and biases. The loss is the divergence KL(full || compressed) over all positions of the
+calibration windows, and held-out windows decide when to stop and which state to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from fewbit.checkpoint.source import Source
+from fewbit.checkpoint.store import read_json, read_tensors, write_json, write_tensors
+from fewbit.errors import CorruptFile
+from fewbit.formats import get_format
+from fewbit.models import get_family
+from fewbit.pipeline.batches import BatchFiles
+from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
+from fewbit.pipeline.jobs import Shard, read_shard, relative_error, write_shard
+from fewbit.pipeline.plan import Plan, PlannedTensor
+from fewbit.pipeline.progress import Progress
+
+WINDOWS_PER_STEP = 2
+HELD_BATCHES = 4  # batches of windows that are never learned from, unless that is more than a quarter of all
+CHECK_EVERY = 16  # steps between two looks at the held-out windows, each followed by a saved state
+PATIENCE = 2  # looks without a gain after which tuning ends
+BETAS = (0.9, 0.95)
+WARM_UP = 8
+POSITIONS = 128  # positions whose logits exist at once
+TUNED = "tuned"  # the directory of tuned shards
+STATE = "tuning.safetensors"
+PLAIN = "tuned-plain.safetensors"
+REPORT = "tuning.json"
+
+
+class GainLinear(nn.Module):
+    """A linear with a fixed weight `[N, K]`, a learned gain per (row, group) `[N, G]` and one per bias."""
+
+    def __init__(self, weight: torch.Tensor, groups: int, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.gain = nn.Parameter(torch.ones(weight.shape[0], groups))
+        self.bias = bias
+        self.bias_gain = None if bias is None else nn.Parameter(torch.ones_like(bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _Scaled.apply(x, self.weight, self.gain)
+        return y if self.bias is None or self.bias_gain is None else y + self.bias * self.bias_gain
+
+
+class _Scaled(torch.autograd.Function):
+    """The product with the scaled weight; a product of its own, because autograd would keep the scaled weight."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(x, weight, gain)
+        return nn.functional.linear(x, _scaled(weight, gain))
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        x, weight, gain = context.saved_tensors
+        out = gradients[0].reshape(-1, weight.shape[0])
+        to_input = (out @ _scaled(weight, gain)).view(x.shape)
+        to_weight = out.T @ x.reshape(-1, weight.shape[1])
+        return to_input, None, to_weight.mul_(weight).view(*gain.shape, -1).sum(-1)
+
+
+def _scaled(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return (weight.view(*gain.shape, -1) * gain[..., None]).view(weight.shape)
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean KL(full || compressed) in nats from both models' last hidden states and heads, `POSITIONS` at a time.
+
+    The gradient is computed on the way, so no logits outlive their positions.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, hidden: torch.Tensor, head: torch.Tensor, full: torch.Tensor, full_head: torch.Tensor
+    ) -> torch.Tensor:
+        gradient = torch.empty_like(hidden)
+        total = 0.0
+        for start in range(0, hidden.shape[0], POSITIONS):
+            part = slice(start, start + POSITIONS)
+            expected = (full[part] @ full_head.T).log_softmax(-1)
+            found = (hidden[part] @ head.T).log_softmax(-1)
+            chance = expected.exp()
+            total += float((chance * expected.sub_(found)).sum(dtype=torch.float64))
+            gradient[part] = found.exp_().sub_(chance) @ head
+        context.save_for_backward(gradient.div_(hidden.shape[0]))
+        return torch.tensor(total / hidden.shape[0])
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return context.saved_tensors[0] * gradients[0], None, None, None
+
+
+class _Gain(nn.Module):
+    """A parametrization: the stored tensor times a learned gain per channel."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones_like(weight))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.gain
+
+
+class Tuner:
+    """The whole compressed model with gains, and the full model's last hidden states to learn from."""
+
+    def __init__(self, source: Source, plan: Plan, windows: torch.Tensor, work: Path, progress: Progress) -> None:
+        self.source = source
+        self.plan = plan
+        self.work = work
+        self.progress = progress
+        self.family = get_family(plan.model_type)
+        self.dtype = getattr(torch, plan.options["calib_dtype"])
+        self.windows = windows[: windows.shape[0] // WINDOWS_PER_STEP * WINDOWS_PER_STEP]
+        self.full = BatchFiles(work / "full")
+        self.stream = LayerStream(source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
+        self.gains: dict[str, nn.Parameter] = {}
+
+    def run(self) -> None:
+        """Tune and write the tuned shards and plain tensors; does nothing where that is done."""
+        if (self.work / REPORT).exists():
+            return
+        self._full_states()
+        self._load()
+        report = self._learn()
+        self._store()
+        write_json(self.work / REPORT, report)
+        self.full.discard(len(self.stream) + 1)
+
+    def _full_states(self) -> None:
+        """What the full model's head reads for every window, through files, one layer in memory."""
+        latest = self.full.latest()
+        if latest is None:
+            latest = 0
+            with self.full.writing(0) as write:
+                for number, batch in enumerate(self.stream.embed()):
+                    write(number, {"hidden": batch})
+        else:
+            self.stream.prepare()
+        self.progress.stage("running the full model", len(self.stream))
+        self.progress.advance(min(latest, len(self.stream)))
+        for index in range(latest, len(self.stream)):
+            prefix = f"{self.family.layers}.{index}"
+            self.stream.load(prefix)
+            self._next_states(index, partial(self.stream.run_layer, index))
+            self.stream.unload(prefix)
+            self.progress.advance()
+        if latest <= len(self.stream):
+            self._next_states(len(self.stream), self.stream.load(self.family.final_norm))
+
+    def _next_states(self, generation: int, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.no_grad(), self.full.writing(generation + 1) as write:
+            for number in range(len(self.stream.batches)):
+                write(number, {"hidden": function(self.full.read(generation, number)["hidden"])})
+        self.full.discard(generation)
+
+    def _shard(self, tensor: PlannedTensor) -> Shard:
+        shard = read_shard(self.work, self.plan, tensor)
+        if shard is None:
+            raise CorruptFile(f"the shard of {tensor.name} is missing or damaged; start again with --fresh")
+        return shard
+
+    def _table(self, module: str) -> torch.Tensor:
+        """A table as the compressed model has it, float32 `[vocabulary, hidden]`."""
+        tensor = next(tensor for tensor in self.plan.tensors if tensor.module == module)
+        return self.source.tensor(tensor.name) if tensor.spec is None else self._shard(tensor).weight(tensor)
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        """Fill the model: decoded weights with gains, norms with gains, tables."""
+        model = self.stream.model
+        linears = {tensor.module: tensor for tensor in self.plan.quantized if tensor.kind == "body"}
+        for name, tensor in linears.items():
+            linear: Any = model.get_submodule(name)
+            bias = None if linear.bias is None else self.source.tensor(f"{name}.bias")
+            assert tensor.spec is not None
+            tuned = GainLinear(self._shard(tensor).weight(tensor), tensor.spec.groups, bias)
+            model.set_submodule(name, tuned)
+            self.gains[f"{name}.scales"] = tuned.gain
+            if tuned.bias_gain is not None:
+                self.gains[f"{name}.bias"] = tuned.bias_gain
+        for part in (*(f"{self.family.layers}.{index}" for index in range(len(self.stream))), self.family.final_norm):
+            self.stream.load(part)
+        for name, module in list(model.named_modules()):
+            weight = getattr(module, "weight", None)
+            if name.endswith("norm") and isinstance(weight, nn.Parameter):
+                gain = _Gain(weight)
+                parametrize.register_parametrization(module, "weight", gain)
+                self.gains[f"{name}.weight"] = gain.gain
+        table = self._table(self.family.embed)
+        tied = self.source.tied_embeddings
+        self.head = table if tied else self._table(self.family.head)
+        # The full model's head; where it is kept as it is there is no second one.
+        name = f"{self.family.embed if tied else self.family.head}.weight"
+        kept = all(tensor.name != name for tensor in self.plan.quantized)
+        self.full_head = self.head if kept else self.source.tensor(name)
+        used, self.ids = torch.unique(self.windows, return_inverse=True)
+        self.embed = self.stream.set_rows(table[used])
+
+    def _loss(self, batch: int) -> torch.Tensor:
+        """The divergence over one batch of windows."""
+        ids = self.ids.split(WINDOWS_PER_STEP)[batch]
+        hidden = self.embed(ids)
+        for index in range(len(self.stream)):
+            hidden = checkpoint(partial(self.stream.call_layer, index), hidden, use_reentrant=False)
+        norm = self.stream.model.get_submodule(self.family.final_norm)
+        full = self.full.read(len(self.stream) + 1, batch)["hidden"].flatten(0, 1)
+        return _Divergence.apply(norm(hidden).flatten(0, 1), self.head, full, self.full_head)
+
+    def _held_loss(self, batches: Sequence[int]) -> float:
+        with torch.no_grad():
+            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+
+    def _learn(self) -> dict[str, Any]:
+        """Descend until the steps are used up or the held-out windows gain no more; leaves the best gains in place."""
+        batches = len(self.stream.batches)
+        held = range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
+        state = _State(self.gains, self.plan.options["tune_rate"], self.work / STATE)
+        state.restore()
+        steps = int(self.plan.options["tune_steps"])
+        self.progress.stage("tuning", steps)
+        self.progress.advance(state.step)
+        with bfloat16_products(self.dtype):
+            if not state.history:
+                state.look(self._held_loss(held))
+            while state.step < steps and not state.stale:
+                generator = torch.Generator().manual_seed(state.step // held.start)
+                order = torch.randperm(held.start, generator=generator)
+                loss = self._loss(int(order[state.step % held.start]))
+                loss.backward()
+                state.descend(float(loss.detach()), _rate(state.step, steps))
+                self.progress.advance()
+                if state.step % CHECK_EVERY == 0 or state.step == steps:
+                    state.look(self._held_loss(held))
+                    self.progress.note(f"tuning, step {state.step}: divergence {state.history[-1]['held']:.5f}")
+        state.take_best()
+        return {
+            "steps": state.step,
+            "tokens_per_step": WINDOWS_PER_STEP * self.windows.shape[1],
+            "history": state.history,
+        }
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        """Fold the gains into scales, norms and biases, and write what results."""
+        for tensor in self.plan.quantized:
+            gain = self.gains.get(f"{tensor.module}.scales")
+            if gain is None or tensor.spec is None:
+                continue
+            shard = self._shard(tensor)
+            parts = get_format(tensor.spec.format).rescale(shard.parts, tensor.spec, gain)
+            error = relative_error(self.source, tensor, parts)
+            named = {f"{tensor.module}.{name}": part for name, part in parts.items()}
+            write_shard(self.work / TUNED, self.plan, tensor, named, {**shard.facts, "relative_error": error})
+        plain = {
+            name: self.source.tensor(name) * gain for name, gain in self.gains.items() if not name.endswith(".scales")
+        }
+        write_tensors(self.work / PLAIN, plain)
+
+
+def tuning_result(work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tuned plain tensors of a run and its report; both empty where nothing was tuned."""
+    if not (work / REPORT).exists():
+        return {}, {}
+    return read_tensors(work / PLAIN)[0], read_json(work / REPORT)
+
+
+def _rate(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: a short rise, then half a cosine."""
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class _State:
+    """Everything that learning needs to go on: gains, moments, the best gains so far and the history."""
+
+    def __init__(self, gains: dict[str, nn.Parameter], rate: float, path: Path) -> None:
+        self.gains = gains
+        self.rate = rate
+        self.path = path
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._recent: list[float] = []
+        self.optimizer = torch.optim.Adam(list(gains.values()), lr=rate, betas=BETAS)
+        self.best = {name: gain.detach().clone() for name, gain in gains.items()}
+
+    @property
+    def stale(self) -> bool:
+        """Whether the last `PATIENCE` looks brought nothing."""
+        held = [entry["held"] for entry in self.history]
+        return len(held) > PATIENCE and min(held[-PATIENCE:]) >= min(held[:-PATIENCE])
+
+    def descend(self, loss: float, share: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * share
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._recent.append(loss)
+
+    def look(self, held: float) -> None:
+        """Note the held-out divergence, keep the gains where it is the least, and save everything."""
+        if all(held < entry["held"] for entry in self.history):
+            self.best = {name: gain.detach().clone() for name, gain in self.gains.items()}
+        learned = sum(self._recent) / len(self._recent) if self._recent else held
+        self.history.append({"step": self.step, "held": held, "learned": learned})
+        self._recent = []
+        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, gain in self.gains.items():
+            tensors[f"gain.{name}"] = gain.detach()
+            for moment, value in self.optimizer.state.get(gain, {}).items():
+                tensors[f"{moment}.{name}"] = value
+        write_tensors(self.path, tensors, {"step": str(self.step), "history": json.dumps(self.history)})
+
+    def restore(self) -> None:
+        """Go on from the last look, if there is one."""
+        if not self.path.exists():
+            return
+        tensors, metadata = read_tensors(self.path)
+        self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
+        for name, gain in self.gains.items():
+            gain.data.copy_(tensors[f"gain.{name}"])
+            self.best[name] = tensors[f"best.{name}"]
+            if f"exp_avg.{name}" in tensors:
+                moments = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[gain] = {moment: tensors[f"{moment}.{name}"] for moment in moments}
+
+    def take_best(self) -> None:
+        for name, gain in self.gains.items():
+            gain.data.copy_(self.best[name])
