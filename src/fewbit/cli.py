@@ -13,7 +13,17 @@ from typing import Annotated, Any
 import typer
 
 from fewbit import __version__
-from fewbit.console import human_bytes, human_seconds, plan_table, print_json, progress_bars, stderr, stdout, table
+from fewbit.console import (
+    human_bytes,
+    human_seconds,
+    parse_size,
+    plan_table,
+    print_json,
+    progress_bars,
+    stderr,
+    stdout,
+    table,
+)
 from fewbit.errors import FewbitError, UsageError
 
 app = typer.Typer(
@@ -34,8 +44,19 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The directory to write; it appears when everything is complete.")],
     format_: Annotated[str, typer.Option("--format", help="The format; itq3_s is the one there is.")] = "itq3_s",
     code: Annotated[str, typer.Option(help="trellis (the product), or ternary, iq3_s, lloyd8 (controls).")] = "trellis",
-    bits: Annotated[int, typer.Option(help="Bits of the decoder layers' weights: 2, 3 or 4 for the trellis.")] = 3,
-    head: Annotated[str, typer.Option(help="Output head and embeddings: itq4, itq3, int8 or bf16.")] = "itq4",
+    bits: Annotated[
+        float,
+        typer.Option(
+            help="Bits per weight: 2, 3 or 4 for the trellis, or a mean such as 3.25, for which each tensor's bits are "
+            "chosen by measured sensitivity."
+        ),
+    ] = 3,
+    target_size: Annotated[
+        str, typer.Option(help="Choose each tensor's bits so that all of them take this, such as 800MB or 1.2GB.")
+    ] = "",
+    head: Annotated[
+        str, typer.Option(help="Output head and embeddings: itq2, itq3, itq4, int8, bf16 or auto (itq4, or chosen).")
+    ] = "auto",
     rounding: Annotated[str, typer.Option(help="ldlq (error feedback from calibration text) or nearest.")] = "ldlq",
     calib: Annotated[
         list[str] | None,
@@ -73,12 +94,14 @@ def quantize(
     from fewbit.pipeline.predict import predict
     from fewbit.pipeline.run import Placement, prepare
     from fewbit.pipeline.run import quantize as run
+    from fewbit.pipeline.workdir import default_work
 
     if format_ != "itq3_s":
         raise UsageError(f"unknown format '{format_}': this release writes itq3_s")
     options = QuantizeOptions(
         code=code,
         bits=bits,
+        target_bytes=parse_size(target_size) if target_size else 0,
         head=head,
         rounding=rounding,
         calib_tokens=calib_tokens,
@@ -92,8 +115,10 @@ def quantize(
     placement = Placement(work_dir, executor, workers, fresh)
     files = calib or (_default_calibration() if rounding == "ldlq" else [])
     if dry_run:
-        _, plan, windows = prepare(model, options, files)
-        prediction = predict(plan, windows)
+        with progress_bars() as bars:
+            prepared = prepare(model, options, files, placement, work_dir or default_work(out), bars)
+        plan = prepared.plan
+        prediction = predict(plan, prepared.windows)
         if json_:
             print_json({**plan.to_json(), "prediction": prediction})
         else:

@@ -6,6 +6,7 @@ With `--json` one object is all that stdout gets.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+
+from fewbit.errors import UsageError
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
@@ -32,6 +35,14 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "800MB", "1.2 GB" or a plain number; units are decimal, as everywhere here."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?)[bB]?\s*", text)
+    if match is None:
+        raise UsageError(f"'{text}' is no size; give a number with B, kB, MB or GB, such as 800MB")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()])
 
 
 def human_seconds(seconds: float) -> str:

@@ -100,7 +100,8 @@ def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None 
     with stages.stage("fetch", "A model of 135 million weights and some text; kept in the cache for next time."):
         model, calibration, text = _fetch(settings)
     with stages.stage("plan", "What every tensor will be stored as, and what that weighs, before anything runs."):
-        source, plan, _ = prepare(model, settings.options(PRODUCT), calibration)
+        prepared = prepare(model, settings.options(PRODUCT), calibration)
+        source, plan = prepared.source, prepared.plan
         stderr.print(plan_table(plan))
     paths = {code: out / code for code in (PRODUCT, *CONTROLS)}
     for code, path in paths.items():

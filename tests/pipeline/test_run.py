@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import fewbit.pipeline.run as run_module
 from fewbit.checkpoint.artifact import Artifact
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.loading import load
+from fewbit.models import get_family
 from fewbit.pipeline import workdir
 from fewbit.pipeline.calibrate import HessianCollector, LayerStream
 from fewbit.pipeline.options import QuantizeOptions
@@ -185,7 +185,7 @@ def test_error_feedback_without_text_is_refused_with_the_remedy(tiny_models, tmp
 def test_the_layer_stream_computes_what_the_whole_model_computes(tiny_models, calibration_text):
     source = open_source(tiny_models["biased"])
     windows, _ = calibration_windows(source, [CalibrationText(calibration_text)], 640, 64)
-    stream = LayerStream(source, run_module.get_family("qwen2"), windows)
+    stream = LayerStream(source, get_family("qwen2"), windows)
     batches = list(stream.embed())
     for index in range(len(stream)):
         stream.load(f"model.layers.{index}")

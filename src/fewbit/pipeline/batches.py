@@ -42,6 +42,9 @@ class BatchFiles:
         shutil.rmtree(self._generation(number), ignore_errors=True)
         os.replace(partial, self._generation(number))
 
+    def holds(self, number: int, batch: int) -> bool:
+        return (self._generation(number) / f"{batch:06d}.safetensors").exists()
+
     def read(self, number: int, batch: int) -> dict[str, torch.Tensor]:
         """The tensors of one batch; raises `CorruptFile` where the file is damaged or gone."""
         return read_tensors(self._generation(number) / f"{batch:06d}.safetensors")[0]

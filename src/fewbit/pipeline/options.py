@@ -15,11 +15,19 @@ from fewbit.errors import UsageError
 from fewbit.formats import get_format
 
 CODES = {"trellis": "trellis", "ternary": "ternary", "iq3_s": "iq3_s", "lloyd8": "lloyd8"}
-HEADS = {"itq4": ("trellis", 4), "itq3": ("trellis", 3), "int8": ("int8", 8), "bf16": ("bf16", 16)}
+HEADS = {
+    "auto": ("trellis", 4),
+    "itq4": ("trellis", 4),
+    "itq3": ("trellis", 3),
+    "itq2": ("trellis", 2),
+    "int8": ("int8", 8),
+    "bf16": ("bf16", 16),
+}
 ROUNDINGS = ("ldlq", "nearest")
 CALIB_DTYPES = ("auto", "bfloat16", "float32")
 
 TUNED_WEIGHTS = 2_000_000_000  # models up to here are tuned unless asked otherwise
+TRIAL_TOKENS = 8192
 LEAST_STEPS, MOST_STEPS = 64, 320
 STEP_WEIGHTS = 4.3e10  # steps times weights that tuning takes by default: 320 steps for 135 M weights
 
@@ -28,21 +36,26 @@ STEP_WEIGHTS = 4.3e10  # steps times weights that tuning takes by default: 320 s
 class QuantizeOptions:
     """The choices of one run.
 
-    `code` and `bits` say how the linears of the decoder layers are stored, `head` how the output head
-    and the embeddings are. `rounding` is "ldlq" (error feedback with the Hessian of the calibration
-    text) or "nearest". With `sequential` the Hessians are those of a model whose earlier linears are rounded
-    already, otherwise the full model's. `calib_tokens` is the budget over all calibration files, cut into windows of
-    `calib_window` tokens. The layers' products run in `calib_dtype` ("auto": bfloat16 where the
-    processor has AMX tiles for it); hidden states and Hessians stay float32. `damping` is relative to
-    the mean of the Hessian's diagonal ("auto": chosen per input on held-out tokens).
+    `code` and `bits` say how the linears of the decoder layers are stored, `head` how the output head and the
+    embeddings are. A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4
+    bits come to, chosen by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its
+    place. Head "auto" joins that choice, and is "itq4" where nothing is chosen.
+
+    `rounding` is "ldlq" (error feedback with the Hessian of the calibration text) or "nearest". With `sequential`
+    the Hessians are those of a model whose earlier linears are rounded already, otherwise the full model's.
+    `calib_tokens` is the budget over all calibration files, cut into windows of `calib_window` tokens. The layers'
+    products run in `calib_dtype` ("auto": bfloat16 where the processor has AMX tiles for it); hidden states and
+    Hessians stay float32. `damping` is relative to the mean of the Hessian's diagonal ("auto": chosen per input on
+    held-out tokens).
 
     With `tune` (None: for models up to 2 G weights) scales, norms and biases follow the full model's predictions
     after rounding, for at most `tune_steps` steps (0: fewer for larger models) at the rate `tune_rate`.
     """
 
     code: str = "trellis"
-    bits: int = 3
-    head: str = "itq4"
+    bits: float = 3
+    target_bytes: int = 0
+    head: str = "auto"
     rounding: str = "ldlq"
     calib_tokens: int = 65536
     calib_window: int = 512
@@ -55,6 +68,8 @@ class QuantizeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # The plan's identity must not tell 3 from 3.0.
+        object.__setattr__(self, "bits", int(self.bits) if self.bits == int(self.bits) else float(self.bits))
         if self.code not in CODES:
             raise UsageError(f"unknown code '{self.code}': choose one of {', '.join(CODES)}")
         if self.head not in HEADS:
@@ -67,8 +82,14 @@ class QuantizeOptions:
             raise UsageError("tuning learns from calibration text, which --rounding nearest does without: use ldlq")
         if self.tune_steps < 0 or not 0 < self.tune_rate < 1:
             raise UsageError("tuning takes a positive number of steps and a rate between 0 and 1")
-        allowed = get_format(CODES[self.code]).bits
-        if self.bits not in allowed:
+        allowed = self.offered_bits
+        if self.allocates and len(allowed) < 2:
+            raise UsageError(f"code {self.code} stores {allowed[0]} bits only; bits are chosen for --code trellis")
+        if self.allocates and self.rounding == "nearest":
+            raise UsageError("bits are chosen by sensitivities, which take calibration text: use --rounding ldlq")
+        if self.allocates and not min(allowed) < self.bits < max(allowed) + 0.25:
+            raise UsageError(f"code {self.code} stores {min(allowed)} to {max(allowed)} bits, not {self.bits}")
+        if not self.allocates and self.bits not in allowed:
             raise UsageError(f"code {self.code} stores {' or '.join(map(str, allowed))} bits, not {self.bits}")
         if self.calib_window < 2 or self.calib_tokens < self.calib_window:
             raise UsageError(
@@ -77,6 +98,32 @@ class QuantizeOptions:
             )
         if self.damping != "auto" and not (isinstance(self.damping, float) and 0 < self.damping < 1):
             raise UsageError(f"damping must be auto or lie between 0 and 1, not {self.damping}")
+
+    @property
+    def format_name(self) -> str:
+        """The format of the decoder layers' weights."""
+        return CODES[self.code]
+
+    @property
+    def offered_bits(self) -> tuple[int, ...]:
+        return get_format(CODES[self.code]).bits
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the bits of each tensor are still to be chosen by measurement."""
+        return bool(self.target_bytes) or self.bits != int(self.bits)
+
+    @property
+    def whole_bits(self) -> int:
+        return int(self.bits)
+
+    def trial(self, bits: int = 3) -> QuantizeOptions:
+        """The quick uniform run that sensitivities are measured on."""
+        head = self.head if self.head != "auto" else f"itq{bits}"
+        tokens = max(self.calib_window, min(self.calib_tokens, TRIAL_TOKENS))
+        return replace(
+            self, bits=bits, target_bytes=0, head=head, calib_tokens=tokens, sequential=False, tune=False, tune_steps=0
+        )
 
     def resolved(self, weights: int, earlier: dict[str, Any] | None = None) -> QuantizeOptions:
         """The same options with nothing left open, for a model of so many `weights`.

@@ -55,13 +55,17 @@ class PlannedTensor:
     @property
     def signs_seed(self) -> int:
         """A seed that depends on the shared input alone, so that q/k/v get the same signs, and all experts too."""
-        shared = ".".join(self.shared_input.split(".")[:2])
-        return int.from_bytes(hashlib.sha256(shared.encode()).digest()[:6], "little")
+        return int.from_bytes(hashlib.sha256(self.unit.encode()).digest()[:6], "little")
 
     @property
     def layer(self) -> int:
         """The decoder layer of a tensor of the body."""
         return int(self.shared_input.partition(".")[0])
+
+    @property
+    def unit(self) -> str:
+        """What gets one number of bits together: the linears of one input in a layer, the head, the embeddings."""
+        return ".".join(self.shared_input.split(".")[:2])
 
     @property
     def bits_per_weight(self) -> float:
@@ -142,21 +146,32 @@ class Plan:
             raise CorruptFile(f"{path} is not JSON ({error}); remove it with --fresh") from error
 
 
-def make_plan(source: Source, options: QuantizeOptions, calibration: str = "") -> Plan:
-    """Plan every tensor of `source`; `calibration` is the hash of the calibration tokens, if any."""
+def make_plan(
+    source: Source, options: QuantizeOptions, calibration: str = "", bits: dict[str, int] | None = None
+) -> Plan:
+    """Plan every tensor of `source`.
+
+    `calibration` is the hash of the calibration tokens, if any; `bits` the chosen bits of units that do not take
+    those of the options.
+    """
     family = get_family(source.config.model_type)
-    tensors = tuple(_plan_tensor(source, family, name, options) for name in sorted(source.names(), key=_natural))
+    tensors = tuple(
+        _plan_tensor(source, family, name, options, bits or {}) for name in sorted(source.names(), key=_natural)
+    )
     choices = {**options.to_json(), "calibration": calibration}
     return Plan(str(source.path), source.config.model_type, source.fingerprint(), choices, tensors)
 
 
-def _plan_tensor(source: Source, family: Family, name: str, options: QuantizeOptions) -> PlannedTensor:
+def _plan_tensor(
+    source: Source, family: Family, name: str, options: QuantizeOptions, chosen: dict[str, int]
+) -> PlannedTensor:
     shape = tuple(source.shape(name))
     kind, shared_input = classify(family, name)
     if kind == "plain":
         reason = "one-dimensional" if len(shape) == 1 else "no linear of this family"
         return _kept(name, shape, kind, reason)
-    format_name, bits = (CODES[options.code], options.bits) if kind == "body" else HEADS[options.head]
+    format_name, bits = (CODES[options.code], options.whole_bits) if kind == "body" else HEADS[options.head]
+    bits = chosen.get(".".join(shared_input.split(".")[:2]), bits)
     if format_name == "bf16":
         return _kept(name, shape, kind, "--head bf16")
     weight_format = get_format(format_name)

@@ -17,21 +17,17 @@ from typing import Any
 import torch
 
 from fewbit.checkpoint.source import Source, open_source
-from fewbit.checkpoint.store import disk_errors, write_tensors
+from fewbit.checkpoint.store import disk_errors
 from fewbit.errors import UsageError
-from fewbit.math.hadamard import rotate_hessian
-from fewbit.math.rounding import inverse_factor
-from fewbit.models import get_family
-from fewbit.pipeline.body import Body
-from fewbit.pipeline.calibrate import LayerStream
-from fewbit.pipeline.damping import CANDIDATES
-from fewbit.pipeline.executors import Executor, make_executor
+from fewbit.pipeline.allocate import Choice, allocate
+from fewbit.pipeline.executors import make_executor
 from fewbit.pipeline.finish import finish
-from fewbit.pipeline.jobs import RoundJob, read_shard, tensor_signs
 from fewbit.pipeline.options import QuantizeOptions
-from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan
+from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.predict import predict
 from fewbit.pipeline.progress import Logged, Progress, Silent
+from fewbit.pipeline.sensitivity import Sensitivities
+from fewbit.pipeline.shards import ShardMaker
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
 from fewbit.pipeline.tune import Tuner
 from fewbit.pipeline.workdir import check_output, check_space, default_work, earlier_plan, open_work
@@ -72,17 +68,33 @@ class Placement:
     fresh: bool = False
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request, read and planned: the source, the resolved options, the calibration windows int64 `[n, window]`
+    (None where the options need no calibration) and, unless the bits are still to be measured, the plan."""
+
+    source: Source
+    options: QuantizeOptions
+    windows: torch.Tensor | None
+    plan: Plan
+
+
 def prepare(
     model: str | Path,
     options: QuantizeOptions,
     calibration: Sequence[CalibrationText | str | Path],
-    earlier: Plan | None = None,
-) -> tuple[Source, Plan, torch.Tensor | None]:
-    """Open the source, cut the calibration text and plan; writes nothing.
+    placement: Placement | None = None,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Open the source, cut the calibration text and plan.
 
-    Returns the source, the plan and the calibration windows int64 `[n, window]` (None where the options
-    need no calibration). What `earlier` chose for "auto" options is kept.
+    Where the options leave the bits to measurement (a fractional number of bits, or a target size), sensitivities
+    are measured in the directory `work` first, or found there; everything else writes nothing. What an unfinished
+    run in `work` chose for "auto" options is kept.
     """
+    placement = placement or Placement()
+    earlier = earlier_plan(work) if work is not None and not placement.fresh else None
     source = open_source(model)
     options = options.resolved(source.weights(), earlier.options if earlier else None)
     windows = None
@@ -91,7 +103,54 @@ def prepare(
         if not texts:
             raise UsageError("error feedback needs calibration text; give --calib FILE, or use --rounding nearest")
         windows, _ = calibration_windows(source, texts, options.calib_tokens, options.calib_window)
-    return source, make_plan(source, options, tokens_hash(windows) if windows is not None else ""), windows
+    known = tokens_hash(windows) if windows is not None else ""
+    if not options.allocates:
+        return Prepared(source, options, windows, make_plan(source, options, known))
+    assert windows is not None
+    if work is None:
+        raise UsageError("bits that follow from sensitivities need a work directory to measure them in")
+    bits = choose_bits(source, options, windows, placement, work / "sensitivity", progress or Silent())
+    return Prepared(source, options, windows, make_plan(source, options, known, bits))
+
+
+def choose_bits(
+    source: Source,
+    options: QuantizeOptions,
+    windows: torch.Tensor,
+    placement: Placement,
+    work: Path,
+    progress: Progress,
+) -> dict[str, int]:
+    """Bits for every unit of the model, from its sensitivities and the budget that `options` give."""
+    trial = options.trial()
+    windows = windows[: max(1, trial.calib_tokens // trial.calib_window)]
+    plan = make_plan(source, trial, tokens_hash(windows))
+    earlier = earlier_plan(work)
+    open_work(work, plan, {}, placement.fresh or (earlier is not None and earlier.identity != plan.identity))
+    executor = make_executor(placement.executor, placement.workers)
+    logged = Logged(progress, work / "log.jsonl")
+    try:
+        with torch.no_grad(), disk_errors(work):
+            maker = ShardMaker(source, plan, windows, work, executor, logged)
+            maker.layers()
+            maker.tables()
+            found = Sensitivities(source, plan, windows, work, logged).measure()
+    finally:
+        executor.close()
+    plans = {bits: make_plan(source, options.trial(bits), "") for bits in options.offered_bits}
+    sizes: dict[str, dict[int, int]] = {}
+    for bits, candidate in plans.items():
+        for tensor in candidate.quantized:
+            of_unit = sizes.setdefault(tensor.unit, {})
+            of_unit[bits] = of_unit.get(bits, 0) + tensor.bytes
+    free = [unit for unit in sizes if options.head == "auto" or unit not in ("head", "embed")]
+    choices = [Choice(unit, sizes[unit], found[unit], trial.whole_bits) for unit in free]
+    chosen = {tensor.name for tensor in plan.quantized if tensor.unit in free}
+    if options.target_bytes:
+        budget = options.target_bytes - sum(tensor.bytes for tensor in plan.tensors if tensor.name not in chosen)
+    else:
+        budget = int(options.bits * sum(tensor.weights for tensor in plan.tensors if tensor.name in chosen) / 8)
+    return allocate(choices, budget, options.format_name)
 
 
 def quantize(
@@ -108,23 +167,26 @@ def quantize(
     `UsageError` for wrong requests and other `FewbitError`s for damaged files or a full disk; the output
     directory appears only when everything in it is complete.
     """
-    options, placement = options or QuantizeOptions(), placement or Placement()
+    options, placement, progress = options or QuantizeOptions(), placement or Placement(), progress or Silent()
     output = Path(output)
     started = time.monotonic()
     check_output(output, placement.fresh)
-    executor = make_executor(placement.executor, placement.workers)
     work = placement.work.resolve() if placement.work else default_work(output)
-    earlier = None if placement.fresh else earlier_plan(work)
-    source, plan, windows = prepare(model, options, calibration, earlier)
+    found = prepare(model, options, calibration, placement, work, progress)
+    source, plan, windows = found.source, found.plan, found.windows
     check_space(work, output, plan, windows.numel() if windows is not None else 0)
-    open_work(work, plan, {} if earlier else {"prediction": predict(plan, windows)}, placement.fresh)
-    run = _Run(source, plan, windows, work, executor, Logged(progress or Silent(), work / "log.jsonl"))
+    open_work(work, plan, {"prediction": predict(plan, windows)}, placement.fresh, ("sensitivity",))
+    executor = make_executor(placement.executor, placement.workers)
+    logged = Logged(progress, work / "log.jsonl")
     try:
         with torch.no_grad(), disk_errors(work):
-            run.layers()
-            run.tables()
-            run.tune()
-            records = finish(source, plan, work, output, run.progress)
+            maker = ShardMaker(source, plan, windows, work, executor, logged)
+            maker.layers()
+            maker.tables()
+            if windows is not None and plan.options["tune"]:
+                with torch.enable_grad():
+                    Tuner(source, plan, windows, work, logged).run()
+            records = finish(source, plan, work, output, logged)
             shutil.rmtree(work)
     finally:
         executor.close()
@@ -137,83 +199,6 @@ def quantize(
         bits_per_weight=totals["bits_per_weight"],
         bytes=totals["bytes"],
         mean_relative_error=sum(errors) / len(errors) if errors else 0.0,
-        resumed_tensors=run.resumed,
+        resumed_tensors=maker.resumed,
         unseen=[record["name"] for record in records if record.get("tokens") == 0],
     )
-
-
-class _Run:
-    """The state of one run in this process; everything that must survive it is in files."""
-
-    def __init__(
-        self,
-        source: Source,
-        plan: Plan,
-        windows: torch.Tensor | None,
-        work: Path,
-        executor: Executor,
-        progress: Progress,
-    ) -> None:
-        self.source = source
-        self.plan = plan
-        self.work = work
-        self.executor = executor
-        self.progress = progress
-        self.resumed = 0
-        self._windows = windows
-        self._body: Body | None = None
-        if windows is not None:
-            dtype = getattr(torch, plan.options["calib_dtype"])
-            stream = LayerStream(source, get_family(plan.model_type), windows, dtype)
-            self._body = Body(stream, plan, work, executor, progress)
-
-    def layers(self) -> None:
-        """Quantize the decoder layers, in order."""
-        if self._body is None:
-            body = [tensor for tensor in self.plan.quantized if tensor.kind == "body"]
-            self._round_all("rounding the layers", body, "")
-            return
-        self._body.run()
-        self.resumed += self._body.resumed
-
-    def tables(self) -> None:
-        """Quantize the output head and the embeddings."""
-        tables = [tensor for tensor in self.plan.quantized if tensor.kind in ("head", "embed")]
-        # A tied table is read by the head as well, and the head's error is what reaches the logits.
-        fed_back = [tensor for tensor in tables if tensor.kind == "head" or self.source.tied_embeddings]
-        if self._body is not None and fed_back:
-            missing = [tensor for tensor in fed_back if read_shard(self.work, self.plan, tensor) is None]
-            factor = self._head_factor(self._body, missing[0]) if missing else ""
-            self._round_all("rounding the output head", fed_back, factor)
-            tables = [tensor for tensor in tables if tensor not in fed_back]
-        if tables:
-            self._round_all("rounding the embeddings", tables, "")
-
-    def _head_factor(self, body: Body, tensor: PlannedTensor) -> str:
-        assert tensor.spec is not None
-        hessian, signs = body.head_hessian(), tensor_signs(tensor)
-        if signs is not None:
-            hessian = rotate_hessian(hessian, signs, tensor.spec.block)
-        damping = self.plan.options["damping"]
-        name = "factor-head.safetensors"
-        factor = inverse_factor(hessian, CANDIDATES[1] if damping == "auto" else damping)
-        write_tensors(self.work / name, {"factor": factor})
-        return name
-
-    def tune(self) -> None:
-        """Adjust scales, norms and biases, where that was asked for."""
-        if self._windows is not None and self.plan.options["tune"]:
-            self._body = None
-            with torch.enable_grad():
-                Tuner(self.source, self.plan, self._windows, self.work, self.progress).run()
-
-    def _round_all(self, title: str, tensors: list[PlannedTensor], factor: str) -> None:
-        """Round tensors that do not wait for one another."""
-        self.progress.stage(title, len(tensors))
-        missing = [tensor for tensor in tensors if read_shard(self.work, self.plan, tensor) is None]
-        self.resumed += len(tensors) - len(missing)
-        self.progress.advance(len(tensors) - len(missing))
-        jobs = [RoundJob(str(self.work), tensor.name, factor) for tensor in missing]
-        for record in self.executor.run(jobs):
-            self.progress.tensor(record)
-            self.progress.advance()

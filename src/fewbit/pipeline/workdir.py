@@ -33,8 +33,11 @@ def earlier_plan(work: Path) -> Plan | None:
     return Plan.load(work / PLAN_FILE) if (work / PLAN_FILE).exists() else None
 
 
-def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool) -> None:
-    """Make the work directory, or check that the one there belongs to this plan; `facts` are written beside it."""
+def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool, keep: tuple[str, ...] = ()) -> None:
+    """Make the work directory, or check that the one there belongs to this plan; `facts` are written beside it.
+
+    `fresh` empties it first, of all but the entries named in `keep`.
+    """
     earlier = None if fresh else earlier_plan(work)
     if earlier is None and work.exists() and any(work.iterdir()) and not _is_work(work):
         raise UsageError(f"{work} is not empty and holds no run of fewbit; choose another --work-dir")
@@ -46,15 +49,16 @@ def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool) -> Non
             )
         return
     with disk_errors(work):
-        if fresh and work.exists():
-            shutil.rmtree(work)
+        for entry in work.iterdir() if fresh and work.exists() else ():
+            if entry.name not in keep:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         (work / "shards").mkdir(parents=True, exist_ok=True)
     write_json(work / PLAN_FILE, {**plan.to_json(), **facts})
 
 
 def _is_work(work: Path) -> bool:
     # A run that was killed before its plan was written leaves an empty directory of shards.
-    return (work / PLAN_FILE).exists() or (work / "shards").is_dir()
+    return any((work / name).exists() for name in (PLAN_FILE, "shards", "sensitivity"))
 
 
 def difference(earlier: Plan, plan: Plan) -> str:
