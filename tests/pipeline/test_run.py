@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,16 @@ def test_the_log_holds_one_line_per_tensor(tiny_models, calibration_text, tmp_pa
     tensors = [line for line in lines if "tensor" in line]
     assert len(tensors) == 5
     assert {"bits_per_weight", "relative_error", "seconds"} <= set(tensors[0])
+
+
+def test_a_model_that_says_bfloat16_is_still_the_same_model_at_the_end(tiny_models, calibration_text, tmp_path):
+    source = tmp_path / "bfloat16"
+    shutil.copytree(tiny_models["tied"], source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    opened = open_source(source)
+    before = opened.fingerprint()
+    LayerStream(opened, get_family("llama"), torch.zeros(1, 8, dtype=torch.long))
+    assert opened.fingerprint() == before
+    quantize(source, tmp_path / "out", OPTIONS, [calibration_text])
+    assert all(not problem for _, problem in Artifact.open(tmp_path / "out").verify(opened))

@@ -7,6 +7,7 @@ family uses.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,9 @@ class LayerStream:
         self.family = family
         self.batches = windows.split(windows_per_batch)
         with _parameters_on_meta():
-            self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+            # transformers writes dtype and attention into the configuration it is given.
+            config = copy.deepcopy(source.config)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             separate_experts(self.model, family)
         self.layers: nn.ModuleList = self.model.get_submodule(family.layers)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
