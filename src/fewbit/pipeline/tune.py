@@ -30,6 +30,7 @@ from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
 from fewbit.pipeline.jobs import Shard, read_shard, relative_error, write_shard
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
+from fewbit.pipeline.tune_layers import LayerTuner
 
 WINDOWS_PER_STEP = 2
 HELD_BATCHES = 4  # batches of windows that are never learned from, unless that is more than a quarter of all
@@ -214,10 +215,12 @@ class Tuner:
         used, self.ids = torch.unique(self.windows, return_inverse=True)
         self.embed = self.stream.set_rows(table[used])
 
+    def _embedded(self, batch: int) -> torch.Tensor:
+        return self.embed(self.ids.split(WINDOWS_PER_STEP)[batch])
+
     def _loss(self, batch: int) -> torch.Tensor:
         """The divergence over one batch of windows."""
-        ids = self.ids.split(WINDOWS_PER_STEP)[batch]
-        hidden = self.embed(ids)
+        hidden = self._embedded(batch)
         for index in range(len(self.stream)):
             hidden = checkpoint(partial(self.stream.call_layer, index), hidden, use_reentrant=False)
         norm = self.stream.model.get_submodule(self.family.final_norm)
@@ -233,6 +236,7 @@ class Tuner:
         batches = len(self.stream.batches)
         held = range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
         state = _State(self.gains, self.plan.options["tune_rate"], self.work / STATE)
+        layers = self._learn_layers()
         state.restore()
         steps = int(self.plan.options["tune_steps"])
         self.progress.stage("tuning", steps)
@@ -240,6 +244,7 @@ class Tuner:
         with bfloat16_products(self.dtype):
             if not state.history:
                 state.look(self._held_loss(held))
+                self.progress.note(f"tuned layer by layer: divergence {state.history[-1]['held']:.5f}")
             while state.step < steps and not state.stale:
                 generator = torch.Generator().manual_seed(state.step // held.start)
                 order = torch.randperm(held.start, generator=generator)
@@ -251,11 +256,19 @@ class Tuner:
                     state.look(self._held_loss(held))
                     self.progress.note(f"tuning, step {state.step}: divergence {state.history[-1]['held']:.5f}")
         state.take_best()
-        return {
-            "steps": state.step,
-            "tokens_per_step": WINDOWS_PER_STEP * self.windows.shape[1],
-            "history": state.history,
-        }
+        tokens = WINDOWS_PER_STEP * self.windows.shape[1]
+        return {"steps": state.step, "tokens_per_step": tokens, "layers": layers, "history": state.history}
+
+    def _learn_layers(self) -> list[dict[str, float]]:
+        """Each layer by itself first; what that gained."""
+        full = LayerStream(self.source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
+        tuner = LayerTuner(full, self.stream, self.gains, self._embedded, self.work)
+        self.progress.stage("tuning the layers", len(self.stream))
+        found = []
+        for entry in tuner.run():
+            found.append(entry)
+            self.progress.advance()
+        return found
 
     @torch.no_grad()
     def _store(self) -> None:
