@@ -57,6 +57,7 @@ def quantize(
     head: Annotated[
         str, typer.Option(help="Output head and embeddings: itq2, itq3, itq4, int8, bf16 or auto (itq4, or chosen).")
     ] = "auto",
+    rotate: Annotated[bool, typer.Option(help="Rotate weights before they are rounded; without it, a control.")] = True,
     rounding: Annotated[str, typer.Option(help="ldlq (error feedback from calibration text) or nearest.")] = "ldlq",
     calib: Annotated[
         list[str] | None,
@@ -103,6 +104,7 @@ def quantize(
         bits=bits,
         target_bytes=parse_size(target_size) if target_size else 0,
         head=head,
+        rotate=rotate,
         rounding=rounding,
         calib_tokens=calib_tokens,
         calib_window=calib_window,

@@ -88,11 +88,12 @@ class PackedTensor(nn.Module):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`W x + bias` for inputs `[..., K]`, in their dtype.
 
-        Trellis weights on the CPU go through `fewbit::linear`, which quantizes the inputs to 8 bits; everything
+        Rotated trellis weights on the CPU go through `fewbit::linear`, which quantizes the inputs to 8 bits; everything
         else, and everything that needs gradients, multiplies with the decoded weight.
         """
         training = torch.is_grad_enabled() and x.requires_grad
-        if self.spec.format == "trellis" and x.device.type == "cpu" and x.dtype in FLOATS and not training:
+        native = self.spec.format == "trellis" and self.spec.block > 1
+        if native and x.device.type == "cpu" and x.dtype in FLOATS and not training:
             return torch.ops.fewbit.linear(
                 x,
                 self.codes,

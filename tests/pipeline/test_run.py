@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,14 @@ def test_a_model_that_says_bfloat16_is_still_the_same_model_at_the_end(tiny_mode
     assert opened.fingerprint() == before
     quantize(source, tmp_path / "out", OPTIONS, [calibration_text])
     assert all(not problem for _, problem in Artifact.open(tmp_path / "out").verify(opened))
+
+
+def test_weights_that_are_not_rotated_load_and_verify(tiny_models, calibration_text, tmp_path):
+    quantize(tiny_models["tied"], tmp_path / "out", replace(OPTIONS, rotate=False), [calibration_text])
+    artifact = Artifact.open(tmp_path / "out")
+    assert all(module.spec.block == 1 and "signs" not in module.layout() for module in artifact.modules.values())
+    assert all(not problem for _, problem in artifact.verify(open_source(tiny_models["tied"])))
+    model, tokenizer = load(tmp_path / "out", torch.float32)
+    ids = tokenizer("the quick model reads", return_tensors="pt")["input_ids"]
+    full = load_plain(open_source(tiny_models["tied"]), torch.float32)(ids).logits
+    assert (model(ids).logits - full).norm() < 0.6 * full.norm()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def modules_from_json(data: dict[str, Any]) -> dict[str, QuantizedModule]:
             expected = get_format(spec.format).spec(spec.rows, spec.cols, spec.bits)
         except (TypeError, KeyError, ValueError, FewbitError) as error:
             raise CorruptFile(f"{name}: its entry in quantization_config is not valid ({error})") from error
-        if spec != expected:
+        # Block 1 is a matrix that was not rotated.
+        if spec not in (expected, replace(expected, block=1)):
             raise CorruptFile(f"{name}: {spec} disagrees with what {spec.format} prescribes, {expected}")
         modules[name] = QuantizedModule(name, spec, kind)
     return modules

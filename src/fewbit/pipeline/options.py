@@ -41,12 +41,12 @@ class QuantizeOptions:
     bits come to, chosen by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its
     place. Head "auto" joins that choice, and is "itq4" where nothing is chosen.
 
-    `rounding` is "ldlq" (error feedback with the Hessian of the calibration text) or "nearest". With `sequential`
-    the Hessians are those of a model whose earlier linears are rounded already, otherwise the full model's.
-    `calib_tokens` is the budget over all calibration files, cut into windows of `calib_window` tokens. The layers'
-    products run in `calib_dtype` ("auto": bfloat16 where the processor has AMX tiles for it); hidden states and
-    Hessians stay float32. `damping` is relative to the mean of the Hessian's diagonal ("auto": chosen per input on
-    held-out tokens).
+    Without `rotate` weights are rounded on their own axes, as a control. `rounding` is "ldlq" (error feedback with
+    the Hessian of the calibration text) or "nearest". With `sequential` the Hessians are those of a model whose
+    earlier linears are rounded already, otherwise the full model's. `calib_tokens` is the budget over all
+    calibration files, cut into windows of `calib_window` tokens. The layers' products run in `calib_dtype` ("auto":
+    bfloat16 where the processor has AMX tiles for it); hidden states and Hessians stay float32. `damping` is relative
+    to the mean of the Hessian's diagonal ("auto": chosen per input on held-out tokens).
 
     With `tune` (None: for models up to 2 G weights) scales, norms and biases follow the full model's predictions
     after rounding, for at most `tune_steps` steps (0: fewer for larger models) at the rate `tune_rate`.
@@ -56,6 +56,7 @@ class QuantizeOptions:
     bits: float = 3
     target_bytes: int = 0
     head: str = "auto"
+    rotate: bool = True
     rounding: str = "ldlq"
     calib_tokens: int = 65536
     calib_window: int = 512

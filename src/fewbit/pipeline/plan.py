@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,8 @@ def _plan_tensor(
         spec = weight_format.spec(shape[0], shape[1], bits)
     except UnsupportedShape as error:
         return _kept(name, shape, kind, str(error))
+    if not options.rotate:
+        spec = replace(spec, block=1)
     size = weight_format.storage_bytes(spec) + (-(-shape[1] // 8) if spec.block > 1 else 0)
     return PlannedTensor(name, shape, kind, size, spec, shared_input)
 

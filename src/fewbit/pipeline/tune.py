@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -133,6 +134,15 @@ class Tuner:
         self.full = BatchFiles(work / "full")
         self.stream = LayerStream(source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
         self.gains: dict[str, nn.Parameter] = {}
+        # Activations that are kept for the way back take memory, those that are computed again take time; the values
+        # are the same.
+        self.recompute = self._activation_bytes() > available_memory() / 2
+
+    def _activation_bytes(self) -> int:
+        """What a step keeps if nothing is computed again: inputs and outputs of the linears, and as much between."""
+        tokens = WINDOWS_PER_STEP * self.windows.shape[1]
+        body = [tensor for tensor in self.plan.tensors if tensor.kind == "body"]
+        return 2 * 4 * tokens * sum(sum(tensor.shape) for tensor in body)
 
     def run(self) -> None:
         """Tune and write the tuned shards and plain tensors; does nothing where that is done."""
@@ -222,7 +232,8 @@ class Tuner:
         """The divergence over one batch of windows."""
         hidden = self._embedded(batch)
         for index in range(len(self.stream)):
-            hidden = checkpoint(partial(self.stream.call_layer, index), hidden, use_reentrant=False)
+            layer = partial(self.stream.call_layer, index)
+            hidden = checkpoint(layer, hidden, use_reentrant=False) if self.recompute else layer(hidden)
         norm = self.stream.model.get_submodule(self.family.final_norm)
         full = self.full.read(len(self.stream) + 1, batch)["hidden"].flatten(0, 1)
         return _Divergence.apply(norm(hidden).flatten(0, 1), self.head, full, self.full_head)
@@ -286,6 +297,14 @@ class Tuner:
             name: self.source.tensor(name) * gain for name, gain in self.gains.items() if not name.endswith(".scales")
         }
         write_tensors(self.work / PLAIN, plain)
+
+
+def available_memory() -> int:
+    """Bytes of memory that nobody uses, as far as the system tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 << 30
 
 
 def tuning_result(work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
