@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -21,21 +22,32 @@ from transformers.utils import logging
 from fewbit.assets import default_cache_dir, fetch_model, fetch_text
 from fewbit.environment import environment
 from fewbit.evaluate import evaluate_many, write_off_grid
-from fewbit.loading import load_any
+from fewbit.loading import load, load_any
+from fewbit.modules import FewbitLinear
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION = ("c4.calib", "wiki.calib")
 
+# Head and embeddings keep 16 bits in every row but one, so that rows differ in the decoder layers alone.
 ROWS = {
-    "trellis 3 bits, LDLQ, head bf16": QuantizeOptions(head="bf16"),
-    "trellis 3 bits, LDLQ, head itq4": QuantizeOptions(head="itq4"),
-    "8 levels, LDLQ, head bf16": QuantizeOptions(code="lloyd8", head="bf16"),
-    "ternary, LDLQ, head bf16": QuantizeOptions(code="ternary", head="bf16"),
-    "iq3_s code, LDLQ, head bf16": QuantizeOptions(code="iq3_s", head="bf16"),
-    "trellis 3 bits, nearest, head bf16": QuantizeOptions(rounding="nearest", head="bf16"),
-    "trellis 4 bits, LDLQ, head bf16": QuantizeOptions(bits=4, head="bf16"),
+    "trellis": QuantizeOptions(head="bf16"),
+    "trellis, no tuning": QuantizeOptions(head="bf16", tune=False),
+    "trellis, no tuning, full model's Hessians": QuantizeOptions(head="bf16", tune=False, sequential=False),
+    "trellis, no tuning, not rotated": QuantizeOptions(head="bf16", tune=False, rotate=False),
+    "trellis, nearest": QuantizeOptions(head="bf16", rounding="nearest"),
+    "trellis, nearest, not rotated": QuantizeOptions(head="bf16", rounding="nearest", rotate=False),
+    "trellis, 3.08 bits by sensitivity": QuantizeOptions(head="bf16", bits=3.08),
+    "trellis, head itq4": QuantizeOptions(head="itq4"),
+    "8 levels": QuantizeOptions(code="lloyd8", head="bf16"),
+    "8 levels, no tuning": QuantizeOptions(code="lloyd8", head="bf16", tune=False),
+    "ternary": QuantizeOptions(code="ternary", head="bf16"),
+    "ternary, no tuning": QuantizeOptions(code="ternary", head="bf16", tune=False),
+    "iq3_s code": QuantizeOptions(code="iq3_s", head="bf16"),
+    "iq3_s code, no tuning": QuantizeOptions(code="iq3_s", head="bf16", tune=False),
+    "trellis 4 bits": QuantizeOptions(bits=4, head="bf16"),
+    "trellis 4 bits, no tuning": QuantizeOptions(bits=4, head="bf16", tune=False),
 }
 
 
@@ -48,30 +60,51 @@ def reference_dir(model: str, seed: int) -> Path:
     return directory
 
 
+def decoded(model: Any) -> Any:
+    """A packed model with plain linears in the place of its packed ones, in place: what peers are compared with."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FewbitLinear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = torch.nn.Parameter(module.plain_weight(), requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+    return model
+
+
 def measure(
     reference: Path, options: QuantizeOptions, text: str, settings: dict[str, Any], work: Path
 ) -> dict[str, Any]:
-    """Quantize and evaluate one row."""
-    shutil.rmtree(work, ignore_errors=True)
-    result = quantize(reference, work, options, [fetch_text(name) for name in CALIBRATION])
-    full, tokenizer = load_any(reference, torch.bfloat16)
-    model, _ = load_any(work, torch.bfloat16)
+    """Quantize and evaluate one row in float32: decoded, as the peers are, and as the kernels run it."""
+    output = work / "checkpoint"
+    if not output.exists():
+        # A run that was cut off goes on where it was.
+        result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION])
+        (output / "result.json").write_text(json.dumps(result.to_json()))
+    result = json.loads((output / "result.json").read_text())
     started = time.monotonic()
-    scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
+    full, tokenizer = load_any(reference, torch.float32)
+    models = {"full": full, "row": decoded(load(output, torch.float32)[0]), "kernels": load(output, torch.float32)[0]}
+    scores = evaluate_many(models, tokenizer, text, full, **settings)
+    tuning = json.loads((output / "fewbit.json").read_text()).get("tuning")
     shutil.rmtree(work)
-    row, base = scores["row"], scores["full"]
+    row, base, kernels = scores["row"], scores["full"], scores["kernels"]
     return {
         "options": asdict(options),
-        "bits_per_weight": result.bits_per_weight,
-        "bytes": result.bytes,
-        "quantize_seconds": result.seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "mean_relative_error": result.mean_relative_error,
+        **{key: result[key] for key in ("bits_per_weight", "bytes", "peak_memory_bytes", "mean_relative_error")},
+        "quantize_seconds": result["seconds"],
+        "resumed_tensors": result["resumed_tensors"],
+        "tuning": tuning,
         "evaluate_seconds": round(time.monotonic() - started, 1),
         "reference_perplexity": base.perplexity,
         "ratio": row.perplexity / base.perplexity,
+        "kernels": {"ratio": kernels.perplexity / base.perplexity, "kl_mean": kernels.kl_mean},
         **row.to_json(),
     }
+
+
+def work_dir(row: str, output: Path) -> Path:
+    """Where a row's checkpoint is made; kept until the row is measured, so that a run that was cut off goes on."""
+    return output.with_suffix(".work") / re.sub(r"[^a-z0-9]+", "-", row.lower())
 
 
 def main() -> None:
@@ -98,7 +131,7 @@ def main() -> None:
                 continue
             reference = reference_dir(arguments.model, seed)
             options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
-            row = measure(reference, options, text, settings, output.with_suffix(".work"))
+            row = measure(reference, options, text, settings, work_dir(key, output))
             report["rows"][key] = {**row, "commit": commit()}
             report["environment"] = environment()
             output.write_text(json.dumps(report, indent=1) + "\n")

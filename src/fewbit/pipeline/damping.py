@@ -18,21 +18,23 @@ from fewbit.math.rounding import inverse_factor, quantize_rotated
 from fewbit.pipeline.jobs import tensor_signs
 from fewbit.pipeline.plan import PlannedTensor
 
-CANDIDATES = (0.003, 0.01, 0.03, 0.1)
+USUAL = 0.01
+CANDIDATES = (0.003, USUAL, 0.03, 0.1)
+WORTH = 0.99  # another candidate has to leave less than this share of the usual one's error
 SAMPLE_ROWS, SAMPLE_COLS = 64, 2048
 
 
 def choose_damping(
     source: Source, tensors: Sequence[PlannedTensor], hessian: torch.Tensor, held: torch.Tensor, tokens: int
 ) -> float:
-    """The candidate with the least output error on `held` inputs.
+    """The candidate with the least output error on `held` inputs, or the usual one where that is a matter of luck.
 
     `tensors` read one input whose (rotated) second moment over `tokens` tokens is `hessian`, float32 `[K, K]`;
     `held [n, K]` are some of those tokens, and are taken out of the Hessian for the choice.
     """
     cols = min(hessian.shape[0], SAMPLE_COLS)
     if held.shape[0] >= tokens:
-        return CANDIDATES[1]
+        return USUAL
     samples = []
     for tensor in tensors:
         assert tensor.spec is not None
@@ -40,7 +42,7 @@ def choose_damping(
         samples.append((tensor.spec, _sample(source, tensor)))
     seen = held[:, :cols]
     rest = (hessian[:cols, :cols] * tokens - seen.T @ seen) / (tokens - held.shape[0])
-    losses = []
+    losses: dict[float, float] = {}
     for damping in CANDIDATES:
         factor = inverse_factor(rest, damping)
         loss = 0.0
@@ -49,8 +51,9 @@ def choose_damping(
             small = replace(spec, rows=weight.shape[0], cols=cols)
             values = quantize_rotated(get_format(spec.format), weight, small, factor).values
             loss += float((seen @ (values - weight).T).double().square().sum())
-        losses.append(loss)
-    return CANDIDATES[losses.index(min(losses))]
+        losses[damping] = loss
+    best = min(losses, key=losses.__getitem__)
+    return best if losses[best] < WORTH * losses[USUAL] else USUAL
 
 
 def _sample(source: Source, tensor: PlannedTensor) -> torch.Tensor:

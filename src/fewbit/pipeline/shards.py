@@ -16,7 +16,7 @@ from fewbit.math.rounding import inverse_factor
 from fewbit.models import get_family
 from fewbit.pipeline.body import Body
 from fewbit.pipeline.calibrate import LayerStream
-from fewbit.pipeline.damping import CANDIDATES
+from fewbit.pipeline.damping import USUAL
 from fewbit.pipeline.executors import Executor
 from fewbit.pipeline.jobs import RoundJob, read_shard, tensor_signs
 from fewbit.pipeline.plan import Plan, PlannedTensor
@@ -76,7 +76,7 @@ class ShardMaker:
             hessian = rotate_hessian(hessian, signs, tensor.spec.block)
         damping = self.plan.options["damping"]
         name = "factor-head.safetensors"
-        factor = inverse_factor(hessian, CANDIDATES[1] if damping == "auto" else damping)
+        factor = inverse_factor(hessian, USUAL if damping == "auto" else damping)
         write_tensors(self.work / name, {"factor": factor})
         return name
 
