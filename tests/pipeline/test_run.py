@@ -243,3 +243,8 @@ def test_weights_that_are_not_rotated_load_and_verify(tiny_models, calibration_t
     ids = tokenizer("the quick model reads", return_tensors="pt")["input_ids"]
     full = load_plain(open_source(tiny_models["tied"]), torch.float32)(ids).logits
     assert (model(ids).logits - full).norm() < 0.6 * full.norm()
+
+
+def test_directories_on_the_way_to_the_output_are_made(tiny_models, tmp_path):
+    quantize(tiny_models["tied"], tmp_path / "new" / "deep" / "out", QuantizeOptions(rounding="nearest"))
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["out"]

@@ -89,7 +89,7 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int) -
     needed = {work: shards + spill}
     # The finished files are copied once while their headers are made.
     needed[output.parent] = plan.totals()["bytes"] + min(plan.totals()["bytes"], 4 << 30)
-    parents = {path: path if path.exists() else path.resolve().parent for path in needed}
+    parents = {path: next(p for p in (path.resolve(), *path.resolve().parents) if p.exists()) for path in needed}
     same = len({parent.stat().st_dev for parent in parents.values()}) == 1
     for path, size in needed.items():
         want = sum(needed.values()) if same else size
