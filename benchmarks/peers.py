@@ -81,20 +81,25 @@ def fetch(cache: Path) -> Path:
 
 
 def build(isa: str) -> Path:
-    """The driver linked with ggml for one instruction set; what is built already for this processor is kept."""
+    """The driver linked with ggml for one instruction set."""
+    return build_target("vec_dot", f"build-{isa}", BUILDS[isa]) / "vec_dot"
+
+
+def build_target(target: str, prefix: str, options: dict[str, str]) -> Path:
+    """The directory where `target` is built with ggml; what is built already for this processor is kept."""
     cache = default_cache_dir() / "peers"
     source = fetch(cache)
-    settings = {"CMAKE_BUILD_TYPE": "Release", "GGML_SOURCE": str(source), **BUILDS[isa]}
+    settings = {"CMAKE_BUILD_TYPE": "Release", "GGML_SOURCE": str(source), **options}
     key = hashlib.sha256(json.dumps([cpu_name(), str(DRIVER), settings]).encode()).hexdigest()[:8]
-    directory = cache / f"build-{isa}-{key}"
+    directory = cache / f"{prefix}-{key}"
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if cmake is None:
         raise SystemExit("peers: cmake is not installed; make venv installs it")
     defines = [f"-D{name}={value}" for name, value in settings.items()]
     run([cmake, "-S", str(DRIVER), "-B", str(directory), *defines], "configure ggml")
     jobs = str(min(2, os.cpu_count() or 1))
-    run([cmake, "--build", str(directory), "--target", "vec_dot", "--parallel", jobs], "build ggml")
-    return directory / "vec_dot"
+    run([cmake, "--build", str(directory), "--target", target, "--parallel", jobs], "build ggml")
+    return directory
 
 
 def drivers(isas: Iterable[str]) -> dict[str, Path]:

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from encode import commit
+from peers import PACKAGE, VERSION
+from quantizers import MIXES, Recipe, kept_importance_matrix, requantized
 from transformers.utils import logging
 
 from fewbit.assets import default_cache_dir, fetch_model, fetch_text
+from fewbit.checkpoint.source import open_source
 from fewbit.environment import environment
 from fewbit.evaluate import evaluate_many, write_off_grid
 from fewbit.loading import load, load_any
@@ -49,6 +52,13 @@ ROWS = {
     "trellis 4 bits": QuantizeOptions(bits=4, head="bf16"),
     "trellis 4 bits, no tuning": QuantizeOptions(bits=4, head="bf16", tune=False),
 }
+
+PEERS = {
+    f"llama.cpp {mix} + imatrix{', padded' * pad}": Recipe(mix, pad)
+    for pad in (False, True)
+    for mix in (*MIXES, "pure IQ3_XXS", "pure Q4_K")
+}
+"""llama.cpp's quantizer on the layers; head and embeddings keep full precision."""
 
 
 def reference_dir(model: str, seed: int) -> Path:
@@ -107,6 +117,30 @@ def work_dir(row: str, output: Path) -> Path:
     return output.with_suffix(".work") / re.sub(r"[^a-z0-9]+", "-", row.lower())
 
 
+def measure_peer(
+    reference: Path, recipe: Recipe, text: str, settings: dict[str, Any], calib_tokens: int
+) -> dict[str, Any]:
+    """Quantize with llama.cpp and evaluate one row, in float32."""
+    full, tokenizer = load_any(reference, torch.float32)
+    files = [fetch_text(name) for name in CALIBRATION]
+    importance = kept_importance_matrix(reference, full, files, calib_tokens)
+    started = time.monotonic()
+    model, facts = requantized(full, open_source(reference), recipe, importance)
+    quantized = time.monotonic()
+    scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
+    row, base = scores["row"], scores["full"]
+    return {
+        "options": {**asdict(recipe), "calib_tokens": calib_tokens, "dtype": "float32"},
+        "peer": f"{PACKAGE} {VERSION}",
+        **facts,
+        "quantize_seconds": round(quantized - started, 1),
+        "evaluate_seconds": round(time.monotonic() - quantized, 1),
+        "reference_perplexity": base.perplexity,
+        "ratio": row.perplexity / base.perplexity,
+        **row.to_json(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or qwen2.5-coder-1.5b")
@@ -114,7 +148,7 @@ def main() -> None:
     parser.add_argument("--calib-tokens", type=int, default=65536)
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *PEERS], default=list(ROWS), metavar="ROW")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     output = arguments.output or RESULTS / f"quality-{arguments.model}.json"
@@ -130,8 +164,11 @@ def main() -> None:
             if key in report["rows"]:
                 continue
             reference = reference_dir(arguments.model, seed)
-            options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
-            row = measure(reference, options, text, settings, work_dir(key, output))
+            if name in PEERS:
+                row = measure_peer(reference, PEERS[name], text, settings, arguments.calib_tokens)
+            else:
+                options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
+                row = measure(reference, options, text, settings, work_dir(key, output))
             report["rows"][key] = {**row, "commit": commit()}
             report["environment"] = environment()
             output.write_text(json.dumps(report, indent=1) + "\n")

@@ -41,7 +41,10 @@ def commands(page: Path) -> list[str]:
 
 
 def options(verb: str) -> set[str]:
-    return {option for parameter in VERBS[verb].params for option in parameter.opts} | {"--help", "-h"}
+    return {option for parameter in VERBS[verb].params for option in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help",
+        "-h",
+    }
 
 
 def messages() -> list[str]:

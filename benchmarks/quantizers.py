@@ -1,0 +1,208 @@
+"""Gives a model's linears the rounding of llama.cpp's quantizer, to be evaluated beside fewbit's.
+
+ggml makes the blocks and decodes them, from the sources that peers.py fetches; which linear has which type follows
+llama.cpp's file types. Embeddings and head stay as they are, since it is the decoder layers that are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fewbit.checkpoint.source import Source, open_source
+from fewbit.models import Family, get_family
+from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
+
+MIXES = ("Q3_K_M", "IQ3_S", "Q4_K_M")  # and "pure TYPE"
+WINDOW = 512
+OPTIONS = {"CMAKE_POSITION_INDEPENDENT_CODE": "ON", "GGML_NATIVE": "OFF"}
+# Types with blocks of 32 for rows that blocks of 256 do not divide (llama.cpp's tensor_type_fallback).
+FALLBACK = {"IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+OTHER_BITS = 16  # of a weight outside the decoder layers' linears
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A file type of llama.cpp, or "pure TYPE" for one type everywhere.
+
+    Where blocks do not divide the rows, llama.cpp takes a larger type with smaller blocks; `pad` fills the rows up
+    with zeros instead, so that the named types are seen, at the price of storing the padding.
+    """
+
+    mix: str
+    pad: bool = False
+
+
+def mixed_type(mix: str, role: str, layer: int, layers: int, queries_per_key: int) -> str:
+    """The type of the linear `role` (q_proj, ...) in `layer` of `layers`, given an importance matrix.
+
+    As llama_tensor_get_type_impl in llama.cpp's llama-quant.cpp has it for dense LLaMA and Qwen2 models of less than
+    80 layers. Raises `ValueError` for an unknown mix.
+    """
+    eighth = layers // 8
+    # use_more_bits: the first and the last layers, and every third between them.
+    favoured = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    if mix.startswith("pure "):
+        return mix.removeprefix("pure ")
+    if mix == "Q3_K_M":
+        larger = {"v_proj": 2, "down_proj": layers // 16}  # layers that have Q5_K
+        if role in larger:
+            return "Q5_K" if layer < larger[role] else "Q4_K"
+        return "Q4_K" if role == "o_proj" else "Q3_K"
+    if mix == "IQ3_S":
+        return "Q4_K" if role == "v_proj" and queries_per_key >= 4 else "IQ3_S"
+    if mix == "Q4_K_M":
+        return "Q6_K" if role in ("v_proj", "down_proj") and favoured else "Q4_K"
+    raise ValueError(f"no mix '{mix}': known are {', '.join(MIXES)} and 'pure TYPE'")
+
+
+def fitting_type(kind: str, cols: int) -> str:
+    """`kind`, or what llama.cpp takes instead where its blocks do not divide rows of `cols` weights."""
+    candidates = [kind, *([FALLBACK[kind]] if kind in FALLBACK else []), "F16"]
+    return next(name for name in candidates if cols % GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == 0)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """ggml's quantizers, built on first use."""
+    found = ctypes.CDLL(str(peers.build_target("quantize", "quantize", OPTIONS) / "quantize.so"))
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    found.quantize_rows.argtypes = [ctypes.c_int, pointer, count, count, pointer, ctypes.c_int, pointer, pointer]
+    found.quantize_rows.restype = ctypes.c_size_t
+    return found
+
+
+def quantize_rows(kind: str, weights: torch.Tensor, importance: torch.Tensor | None) -> tuple[np.ndarray, torch.Tensor]:
+    """ggml's blocks, uint8 `[N, bytes of a row]`, and what they decode to, float32 `[N, K]`.
+
+    `weights` is float32 `[N, K]` and `importance` float32 `[K]`. Raises `ValueError` where blocks do not divide K.
+    """
+    rows, cols = weights.shape
+    weights = weights.float().contiguous()
+    importance = None if importance is None else importance.float().contiguous()
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    blocks = np.zeros((rows, cols // block * size), dtype=np.uint8)
+    decoded = torch.empty(rows, cols)
+    written = library().quantize_rows(
+        GGMLQuantizationType[kind].value,
+        weights.data_ptr(),
+        rows,
+        cols,
+        None if importance is None else importance.data_ptr(),
+        torch.get_num_threads(),
+        blocks.ctypes.data,
+        decoded.data_ptr(),
+    )
+    if written != blocks.nbytes:
+        raise ValueError(f"ggml makes no valid {kind} of rows of {cols} weights, which have blocks of {block}")
+    return blocks, decoded
+
+
+def padded(values: torch.Tensor, block: int) -> torch.Tensor:
+    """`values` with as many zeros after them as make `block` divide the last dimension.
+
+    Instead of zeros, a mirror image of the row would change the error of the columns beside it by a few percent.
+    """
+    return nn.functional.pad(values, (0, -values.shape[-1] % block))
+
+
+def linears(family: Family, layers: int) -> Iterator[tuple[int, str]]:
+    """The layer and the full name of every linear in the decoder layers."""
+    for layer in range(layers):
+        for shared in family.inputs:
+            for name in shared.linears:
+                yield layer, f"{family.layers}.{layer}.{name}"
+
+
+@torch.no_grad()
+def requantized(
+    model: nn.Module, source: Source, recipe: Recipe, importance: dict[str, torch.Tensor]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model with the parameters of `model`, but the linears of its layers as the recipe leaves them.
+
+    `model` is that of `source`; both models share all other parameters. The facts that come with it are bits per
+    weight, exactly, and how many linears have which type.
+    """
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    config, family = source.config, get_family(source.config.model_type)
+    queries_per_key = config.num_attention_heads // config.num_key_value_heads
+    types: Counter[str] = Counter()
+    weights = size = unpadded = 0
+    for layer, name in linears(family, config.num_hidden_layers):
+        exact = source.tensor(f"{name}.weight")
+        cols = exact.shape[1]
+        role = name.rpartition(".")[2]
+        kind = mixed_type(recipe.mix, role, layer, config.num_hidden_layers, queries_per_key)
+        if not recipe.pad:
+            kind = fitting_type(kind, cols)
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        blocks, decoded = quantize_rows(kind, padded(exact, block), padded(importance[name], block))
+        linear = copied.get_submodule(name)
+        linear.weight = nn.Parameter(decoded[:, :cols].to(linear.weight.dtype), requires_grad=False)
+        types[kind] += 1
+        weights += exact.numel()
+        size += blocks.nbytes
+        unpadded += exact.numel() * block_bytes / block
+    others = sum(parameter.numel() for parameter in model.parameters()) - weights
+    bits = {
+        "body": 8 * size / weights,
+        "body_without_padding": 8 * unpadded / weights,
+        "total": (8 * size + OTHER_BITS * others) / (weights + others),
+    }
+    return copied, {"bits_per_weight": bits, "types": dict(sorted(types.items()))}
+
+
+@torch.inference_mode()
+def importance_matrix(model: nn.Module, family: Family, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Mean square of every input channel of every linear in the layers, float32 `[K]`, as llama-imatrix takes it.
+
+    `windows` are token ids int64 `[n, window]`; only the layers run.
+    """
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares = inputs[0].flatten(0, -2).float().square().sum(0).double()
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return add
+
+    layers = len(model.get_submodule(family.layers))
+    names = [name for _, name in linears(family, layers)]
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        base = model.get_submodule(family.layers.rpartition(".")[0])
+        for window in windows:
+            base(input_ids=window[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / windows.numel()).float() for name, total in sums.items()}
+
+
+def kept_importance_matrix(
+    reference: Path, model: nn.Module, files: Sequence[Path], tokens: int
+) -> dict[str, torch.Tensor]:
+    """The importance matrix of the model in `reference` on fewbit's calibration windows; kept beside the model."""
+    source = open_source(reference)
+    windows, _ = calibration_windows(source, [CalibrationText(file) for file in files], tokens, WINDOW)
+    target = reference.with_name(f"{reference.name}-imatrix-{tokens_hash(windows)[:8]}.safetensors")
+    if not target.exists():
+        found = importance_matrix(model, get_family(source.config.model_type), windows)
+        unfinished = target.with_suffix(".part")
+        save_file(found, unfinished)
+        unfinished.replace(target)
+    return load_file(target)
