@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fewbit import __version__
+from fewbit import cli_options as o
 from fewbit.console import (
+    bits_table,
     human_bytes,
     human_seconds,
     parse_size,
@@ -25,6 +27,10 @@ from fewbit.console import (
     table,
 )
 from fewbit.errors import FewbitError, UsageError
+
+if TYPE_CHECKING:
+    from fewbit.pipeline.options import QuantizeOptions
+    from fewbit.pipeline.run import Placement
 
 app = typer.Typer(
     help="Compress a language model's weights to 3 or 4 bits, measure what it cost, and run the result.",
@@ -40,62 +46,33 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="A fewbit check
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="The directory to write; it appears when everything is complete.")],
-    format_: Annotated[str, typer.Option("--format", help="The format; itq3_s is the one there is.")] = "itq3_s",
-    code: Annotated[str, typer.Option(help="trellis (the product), or ternary, iq3_s, lloyd8 (controls).")] = "trellis",
-    bits: Annotated[
-        float,
-        typer.Option(
-            help="Bits per weight: 2, 3 or 4 for the trellis, or a mean such as 3.25, for which each tensor's bits are "
-            "chosen by measured sensitivity."
-        ),
-    ] = 3,
-    target_size: Annotated[
-        str, typer.Option(help="Choose each tensor's bits so that all of them take this, such as 800MB or 1.2GB.")
-    ] = "",
-    head: Annotated[
-        str, typer.Option(help="Output head and embeddings: itq2, itq3, itq4, int8, bf16 or auto (itq4, or chosen).")
-    ] = "auto",
-    rotate: Annotated[bool, typer.Option(help="Rotate weights before they are rounded; without it, a control.")] = True,
-    rounding: Annotated[str, typer.Option(help="ldlq (error feedback from calibration text) or nearest.")] = "ldlq",
-    calib: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calib",
-            help="Calibration text, repeatable, FILE or FILE:WEIGHT; UTF-8, or .jsonl with text or messages (chats go "
-            "through the model's template). Default: web and Wikipedia text, fetched.",
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option(help="Token budget over all calibration files.")] = 65536,
-    calib_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
-    calib_dtype: Annotated[
-        str, typer.Option(help="Matrix products of calibration: auto, bfloat16 or float32.")
-    ] = "auto",
-    sequential: Annotated[
-        bool, typer.Option(help="Calibrate each layer behind those that are rounded already, or in the full model.")
-    ] = True,
-    damping: Annotated[str, typer.Option(help="Hessian damping relative to its mean diagonal, or auto.")] = "auto",
-    tune: Annotated[
-        bool | None,
-        typer.Option(help="Tune scales, norms and biases after rounding. Default: for models up to 2 G weights."),
-    ] = None,
-    tune_steps: Annotated[int, typer.Option(help="Steps of tuning at most; 0: fewer for larger models.")] = 0,
-    executor: Annotated[str, typer.Option(help="Where tensors are rounded: serial, process or ray.")] = "serial",
-    workers: Annotated[int | None, typer.Option(help="Workers of that executor. Default: one per processor.")] = None,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="Where the unfinished run lies. Default: hidden, beside OUT.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start again, and replace an existing output.")] = False,
+    model: o.Model,
+    out: o.Out,
+    format_: o.Format = "itq3_s",
+    code: o.Code = "trellis",
+    bits: o.Bits = 3,
+    target_size: o.TargetSize = "",
+    head: o.Head = "auto",
+    rotate: o.Rotate = True,
+    rounding: o.Rounding = "ldlq",
+    dry_run: o.DryRun = False,
+    calib: o.Calib = None,
+    calib_tokens: o.CalibTokens = 65536,
+    calib_window: o.CalibWindow = 512,
+    calib_dtype: o.CalibDtype = "auto",
+    sequential: o.Sequential = True,
+    damping: o.Damping = "auto",
+    tune: o.Tune = None,
+    tune_steps: o.TuneSteps = 0,
+    executor: o.Executor = "serial",
+    workers: o.Workers = None,
+    work_dir: o.WorkDir = None,
+    fresh: o.Fresh = False,
     json_: Json = False,
 ) -> None:
     """Compress MODEL into the directory OUT. An interrupted run continues where it stopped."""
     from fewbit.pipeline.options import QuantizeOptions
-    from fewbit.pipeline.predict import predict
-    from fewbit.pipeline.run import Placement, prepare
-    from fewbit.pipeline.run import quantize as run
-    from fewbit.pipeline.workdir import default_work
+    from fewbit.pipeline.run import Placement
 
     if format_ != "itq3_s":
         raise UsageError(f"unknown format '{format_}': this release writes itq3_s")
@@ -115,23 +92,43 @@ def quantize(
         tune_steps=tune_steps,
     )
     placement = Placement(work_dir, executor, workers, fresh)
-    files = calib or (_default_calibration() if rounding == "ldlq" else [])
+    texts = calib or (_default_calibration() if rounding == "ldlq" else [])
     if dry_run:
-        with progress_bars() as bars:
-            prepared = prepare(model, options, files, placement, work_dir or default_work(out), bars)
-        plan = prepared.plan
-        prediction = predict(plan, prepared.windows)
-        if json_:
-            print_json({**plan.to_json(), "prediction": prediction})
-        else:
-            stdout.print(plan_table(plan))
-            stdout.print(
-                f"Predicted: {human_seconds(prediction['seconds'])} on this machine, "
-                f"{human_bytes(prediction['peak_memory_bytes'])} of memory at the peak"
-            )
+        _show_plan(model, out, options, texts, placement, json_)
+    else:
+        _quantize(model, out, options, texts, placement, json_)
+
+
+def _show_plan(
+    model: str, out: Path, options: QuantizeOptions, texts: list[str], placement: Placement, json_: bool
+) -> None:
+    from fewbit.pipeline.predict import predict
+    from fewbit.pipeline.run import prepare
+    from fewbit.pipeline.workdir import default_work
+
+    with progress_bars() as bars:
+        prepared = prepare(model, options, texts, placement, placement.work or default_work(out), bars)
+    plan = prepared.plan
+    prediction = predict(plan, prepared.windows)
+    if json_:
+        print_json({**plan.to_json(), "prediction": prediction})
         return
+    stdout.print(plan_table(plan))
+    if prepared.options.allocates:
+        stdout.print(bits_table(plan))
+    stdout.print(
+        f"Predicted: {human_seconds(prediction['seconds'])} on this machine, "
+        f"{human_bytes(prediction['peak_memory_bytes'])} of memory at the peak"
+    )
+
+
+def _quantize(
+    model: str, out: Path, options: QuantizeOptions, texts: list[str], placement: Placement, json_: bool
+) -> None:
+    from fewbit.pipeline.run import quantize as run
+
     with progress_bars(lines=not json_) as bars:
-        result = run(model, out, options, files, placement, bars)
+        result = run(model, out, options, texts, placement, bars)
     if json_:
         print_json(result.to_json())
         return
@@ -141,6 +138,9 @@ def quantize(
         f"{human_seconds(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}"
         + (f", {result.resumed_tensors} tensors from an earlier run" if result.resumed_tensors else "")
     )
+    if result.tuning_gain is not None:
+        before, after = result.tuning_gain
+        stdout.print(f"Tuning took the divergence on held-out calibration text from {before:.4f} to {after:.4f} nats")
     if result.unseen:
         stdout.print(
             f"{len(result.unseen)} tensors saw no calibration token and were rounded without error feedback, "

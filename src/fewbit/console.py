@@ -82,6 +82,24 @@ def plan_table(plan: Any) -> Table:
     return table("Plan", ["tensors", "stored as", "count", "weights", "size", "bits/weight"], lines, 2)
 
 
+def bits_table(plan: Any) -> Table:
+    """The bits chosen for every group: a row per layer with the groups in order, then the tables."""
+    roles: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, int]] = {}
+    for tensor in plan.quantized:
+        row, place = tensor.unit, ""
+        if tensor.kind == "body":
+            layer, _, place = tensor.unit.partition(".")
+            row = f"layer {layer}"
+            role = tensor.module.rpartition(".")[2].removesuffix("_proj")
+            if role not in roles.setdefault(place, []):
+                roles[place].append(role)
+        rows.setdefault(row, {})[place] = tensor.spec.bits
+    places = sorted(roles, key=int)
+    lines = [[row, *(str(bits.get(place, "")) for place in ("", *places))] for row, bits in rows.items()]
+    return table("Bits", ["", "whole", *("/".join(roles[place]) for place in places)], lines)
+
+
 class BarProgress:
     """Draws a bar per stage, and a line per tensor when asked for."""
 

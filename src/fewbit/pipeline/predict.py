@@ -15,8 +15,10 @@ import torch
 
 from fewbit.formats import get_format
 from fewbit.math.rounding import CHUNK_WEIGHTS, inverse_factor, quantize_rotated
-from fewbit.pipeline.calibrate import bfloat16_products
+from fewbit.pipeline.calibrate import WINDOWS_PER_BATCH, bfloat16_products
 from fewbit.pipeline.plan import Plan, PlannedTensor
+from fewbit.pipeline.tune import WINDOWS_PER_STEP
+from fewbit.pipeline.tune_layers import EPOCHS, LEARNED
 
 SAMPLE_ROWS, SAMPLE_COLS = 256, 512
 REPEATS = 5
@@ -31,17 +33,30 @@ def predict(plan: Plan, windows: torch.Tensor | None) -> dict[str, Any]:
             kind = (tensor.spec.format, tensor.spec.bits)
             weights[kind] = weights.get(kind, 0) + tensor.weights
     encode = sum(count / _encoding_rate(*kind, windows is not None) for kind, count in weights.items())
-    products = _calibration_operations(plan, windows.numel()) if windows is not None else 0.0
+    products = 0.0
+    if windows is not None:
+        products = _calibration_operations(plan, windows.numel()) + _tuning_operations(plan, windows.shape[1])
     dtype = getattr(torch, plan.options["calib_dtype"]) if windows is not None else torch.float32
     rate = _product_rate(dtype) if products else 1.0
     return {"seconds": round(encode + products / rate, 4), "peak_memory_bytes": _memory(plan, windows)}
 
 
 def _calibration_operations(plan: Plan, tokens: int) -> float:
-    """Floating-point operations of both passes over every layer and of the Hessians."""
+    """Floating-point operations of running every layer, its first half once more, and of the Hessians, of which half
+    is computed."""
     body = [tensor for tensor in plan.tensors if tensor.kind == "body"]
     hessians = {tensor.shared_input: tensor.shape[1] ** 2 for tensor in body}
-    return 2.0 * tokens * (2 * sum(tensor.weights for tensor in body) + sum(hessians.values()))
+    return 2.0 * tokens * (1.3 * sum(tensor.weights for tensor in body) + 0.5 * sum(hessians.values()))
+
+
+def _tuning_operations(plan: Plan, window: int) -> float:
+    """The full model once over all tokens, three products per weight and token on the way there and back, and the
+    layers' own tuning."""
+    tokens = int(plan.options["tune_steps"]) * WINDOWS_PER_STEP * window
+    body = sum(tensor.weights for tensor in plan.tensors if tensor.kind == "body")
+    head = max((tensor.weights for tensor in plan.tensors if tensor.kind in ("embed", "head")), default=0)
+    alone = (3 * EPOCHS + 3) * LEARNED * WINDOWS_PER_STEP * window if tokens else 0
+    return 2.0 * (4 * body + 3 * head) * tokens + 2.0 * body * alone
 
 
 def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
@@ -55,11 +70,17 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
     hessian = 0
     if windows is not None:
         table = next(tensor for tensor in plan.tensors if tensor.kind == "embed")
-        hidden = 4 * windows.numel() * table.shape[1]
+        hidden = (
+            4 * WINDOWS_PER_BATCH * windows.shape[1] * (table.shape[1] + 4 * max(t.shape[1] for t in plan.quantized))
+        )
         hessian = max((_factor_bytes(tensor) for tensor in plan.quantized), default=0)
     largest_layer = max(layers.values(), default=0)
     table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)
     present = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if plan.options["tune"]:
+        # The whole compressed model in float32, and once more what a step needs beside it at the least.
+        whole = sum(4 * tensor.weights for tensor in plan.tensors)
+        return int(present + 1.5 * whole)
     return int(present + hidden + max(largest_layer, table_bytes) + hessian + rounding)
 
 
@@ -68,8 +89,8 @@ def _chunk_weights(tensor: PlannedTensor) -> int:
 
 
 def _factor_bytes(tensor: PlannedTensor) -> int:
-    # The Hessian in float32 and its factorization in float64.
-    return (4 + 4 * 8) * tensor.shape[1] ** 2
+    # The Hessian and its factor, both in float32.
+    return 2 * 4 * tensor.shape[1] ** 2
 
 
 def _seconds(work: Callable[[], object]) -> float:

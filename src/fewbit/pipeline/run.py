@@ -29,7 +29,7 @@ from fewbit.pipeline.progress import Logged, Progress, Silent
 from fewbit.pipeline.sensitivity import Sensitivities
 from fewbit.pipeline.shards import ShardMaker
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
-from fewbit.pipeline.tune import Tuner
+from fewbit.pipeline.tune import Tuner, tuning_result, tuning_windows
 from fewbit.pipeline.workdir import check_output, check_space, default_work, earlier_plan, open_work
 
 
@@ -38,7 +38,8 @@ class QuantizeResult:
     """What a run produced, as `fewbit quantize --json` prints it.
 
     `mean_relative_error` is the mean over tensors of |W - W^|^2 / |W|^2; `unseen` names the tensors that no
-    calibration token reached (experts that were never chosen), which were rounded under a neutral prior.
+    calibration token reached (experts that were never chosen), which were rounded under a neutral prior;
+    `tuning_gain` is the divergence on held-out calibration windows before and after tuning, in nats.
     """
 
     output: str
@@ -49,6 +50,7 @@ class QuantizeResult:
     mean_relative_error: float
     resumed_tensors: int
     unseen: list[str]
+    tuning_gain: tuple[float, float] | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,11 +73,12 @@ class Placement:
 @dataclass(frozen=True)
 class Prepared:
     """A request, read and planned: the source, the resolved options, the calibration windows int64 `[n, window]`
-    (None where the options need no calibration) and, unless the bits are still to be measured, the plan."""
+    (None where the options need no calibration), those of tuning (None without) and the plan."""
 
     source: Source
     options: QuantizeOptions
     windows: torch.Tensor | None
+    tuning: torch.Tensor | None
     plan: Plan
 
 
@@ -97,20 +100,25 @@ def prepare(
     earlier = earlier_plan(work) if work is not None and not placement.fresh else None
     source = open_source(model)
     options = options.resolved(source.weights(), earlier.options if earlier else None)
-    windows = None
+    windows = tuning = None
+    known = ""
     if options.rounding == "ldlq":
         texts = [text if isinstance(text, CalibrationText) else CalibrationText.parse(text) for text in calibration]
         if not texts:
             raise UsageError("error feedback needs calibration text; give --calib FILE, or use --rounding nearest")
         windows, _ = calibration_windows(source, texts, options.calib_tokens, options.calib_window)
-    known = tokens_hash(windows) if windows is not None else ""
+        known = tokens_hash(windows)
+        if options.tune:
+            wanted = tuning_windows(options.tune_steps) * options.calib_window
+            tuning, _ = calibration_windows(source, texts, wanted, options.calib_window)
+            known += tokens_hash(tuning)
     if not options.allocates:
-        return Prepared(source, options, windows, make_plan(source, options, known))
+        return Prepared(source, options, windows, tuning, make_plan(source, options, known))
     assert windows is not None
     if work is None:
         raise UsageError("bits that follow from sensitivities need a work directory to measure them in")
     bits = choose_bits(source, options, windows, placement, work / "sensitivity", progress or Silent())
-    return Prepared(source, options, windows, make_plan(source, options, known, bits))
+    return Prepared(source, options, windows, tuning, make_plan(source, options, known, bits))
 
 
 def choose_bits(
@@ -183,9 +191,10 @@ def quantize(
             maker = ShardMaker(source, plan, windows, work, executor, logged)
             maker.layers()
             maker.tables()
-            if windows is not None and plan.options["tune"]:
+            if found.tuning is not None:
                 with torch.enable_grad():
-                    Tuner(source, plan, windows, work, logged).run()
+                    Tuner(source, plan, found.tuning, work, logged).run()
+            report = tuning_result(work)[1]
             records = finish(source, plan, work, output, logged)
             shutil.rmtree(work)
     finally:
@@ -201,4 +210,5 @@ def quantize(
         mean_relative_error=sum(errors) / len(errors) if errors else 0.0,
         resumed_tensors=maker.resumed,
         unseen=[record["name"] for record in records if record.get("tokens") == 0],
+        tuning_gain=(report["rounded"], min(look["held"] for look in report["history"])) if report else None,
     )

@@ -148,6 +148,9 @@ class Tuner:
         """Tune and write the tuned shards and plain tensors; does nothing where that is done."""
         if (self.work / REPORT).exists():
             return
+        if len(self.stream.batches) < 2:
+            self.progress.note(f"not tuned: the text fills fewer than {2 * WINDOWS_PER_STEP} windows")
+            return
         self._full_states()
         self._load()
         report = self._learn()
@@ -247,6 +250,8 @@ class Tuner:
         batches = len(self.stream.batches)
         held = range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
         state = _State(self.gains, self.plan.options["tune_rate"], self.work / STATE)
+        rounded = self._held_loss(held)
+        self.progress.note(f"before tuning: divergence {rounded:.5f}")
         layers = self._learn_layers()
         state.restore()
         steps = int(self.plan.options["tune_steps"])
@@ -268,7 +273,13 @@ class Tuner:
                     self.progress.note(f"tuning, step {state.step}: divergence {state.history[-1]['held']:.5f}")
         state.take_best()
         tokens = WINDOWS_PER_STEP * self.windows.shape[1]
-        return {"steps": state.step, "tokens_per_step": tokens, "layers": layers, "history": state.history}
+        return {
+            "steps": state.step,
+            "tokens_per_step": tokens,
+            "rounded": rounded,
+            "layers": layers,
+            "history": state.history,
+        }
 
     def _learn_layers(self) -> list[dict[str, float]]:
         """Each layer by itself first; what that gained."""
@@ -305,6 +316,11 @@ def available_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 4 << 30
+
+
+def tuning_windows(steps: int) -> int:
+    """How many windows so many steps read without reading one twice, the held-out ones included."""
+    return WINDOWS_PER_STEP * (steps + HELD_BATCHES)
 
 
 def tuning_result(work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

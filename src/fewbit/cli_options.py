@@ -1,0 +1,81 @@
+"""The options of `fewbit quantize`, one type each, so that the verb itself reads as a list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PLACE, CALIBRATION, TUNING = "Where and how", "Calibration", "Tuning"
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file.")]
+Out = Annotated[Path, typer.Argument(help="The directory to write; it appears when everything is complete.")]
+Format = Annotated[str, typer.Option("--format", help="The format; itq3_s is the one there is.")]
+Code = Annotated[str, typer.Option(help="trellis (the product), or ternary, iq3_s, lloyd8 (controls).")]
+Bits = Annotated[
+    float,
+    typer.Option(
+        help="Bits per weight: 2, 3 or 4 for the trellis, or a mean such as 3.25, for which each tensor's bits are "
+        "chosen by measured sensitivity."
+    ),
+]
+TargetSize = Annotated[
+    str, typer.Option(help="Choose each tensor's bits so that all of them take this, such as 800MB or 1.2GB.")
+]
+Head = Annotated[
+    str, typer.Option(help="Output head and embeddings: itq2, itq3, itq4, int8, bf16 or auto (itq4, or chosen).")
+]
+Rotate = Annotated[bool, typer.Option(help="Rotate weights before they are rounded; without it, a control.")]
+Rounding = Annotated[str, typer.Option(help="ldlq (error feedback from calibration text) or nearest.")]
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calib",
+        help="Calibration text, repeatable, FILE or FILE:WEIGHT; UTF-8, or .jsonl with text or messages (chats go "
+        "through the model's template). Default: web and Wikipedia text, fetched.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+CalibTokens = Annotated[int, typer.Option(help="Token budget over all calibration files.", rich_help_panel=CALIBRATION)]
+CalibWindow = Annotated[int, typer.Option(help="Tokens per calibration window.", rich_help_panel=CALIBRATION)]
+CalibDtype = Annotated[
+    str,
+    typer.Option(help="Matrix products of calibration: auto, bfloat16 or float32.", rich_help_panel=CALIBRATION),
+]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        help="Calibrate each layer behind those that are rounded already, or in the full model.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Damping = Annotated[
+    str,
+    typer.Option(help="Hessian damping relative to its mean diagonal, or auto.", rich_help_panel=CALIBRATION),
+]
+Tune = Annotated[
+    bool | None,
+    typer.Option(
+        help="Tune scales, norms and biases after rounding. Default: for models up to 2 G weights.",
+        rich_help_panel=TUNING,
+    ),
+]
+TuneSteps = Annotated[
+    int, typer.Option(help="Steps of tuning at most; 0: fewer for larger models.", rich_help_panel=TUNING)
+]
+Executor = Annotated[
+    str, typer.Option(help="Where tensors are rounded: serial, process or ray.", rich_help_panel=PLACE)
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Workers of that executor. Default: one per processor.", rich_help_panel=PLACE),
+]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(help="Where the unfinished run lies. Default: hidden, beside OUT.", rich_help_panel=PLACE),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start again, and replace an existing output.", rich_help_panel=PLACE)
+]
