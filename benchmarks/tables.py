@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,6 +17,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLACES = {"memory": 1, "cache": 1, "many": 2}  # where kernels are compared with peers, and the decimals of speeds there
+SHORT = (
+    "trellis",
+    "trellis, 3.08 bits by sensitivity",
+    "trellis 4 bits",
+    "llama.cpp IQ3_S + imatrix",
+    "llama.cpp Q3_K_M + imatrix",
+    "llama.cpp Q4_K_M + imatrix",
+)
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -25,46 +34,37 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in [header, rule, *rows])
 
 
-def quality_smollm2() -> str:
-    """Codes against each other on SmolLM2-135M, mean over the seeds of the off-grid reference."""
-    report = json.loads((RESULTS / "quality-smollm2-135m.json").read_text())
+def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
+    """Rows of `quality.py` on one model (all, or the `chosen` ones), mean over the seeds of the reference."""
+    measured = json.loads((RESULTS / f"quality-{model}.json").read_text())["rows"]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for key, row in report["rows"].items():
+    for key, row in measured.items():
         groups.setdefault(key.partition(" | ")[0], []).append(row)
-    header = [
-        "SmolLM2-135M",
-        "bits/weight, layers",
-        "bits/weight, all",
-        "perplexity ratio",
-        "KL mean",
-        "top-1",
-        "seeds",
-    ]
-    rows = []
-    for name, found in groups.items():
-        ratios = [row["ratio"] for row in found]
-        spread = (
-            f"{mean(ratios):.3f}" if len(found) == 1 else f"{mean(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
-        )
-        rows.append(
-            [
-                name,
-                f"{found[0]['bits_per_weight']['body']:.3f}",
-                f"{found[0]['bits_per_weight']['total']:.3f}",
-                spread,
-                f"{mean(row['kl_mean'] for row in found):.4f}",
-                f"{100 * mean(row['top1_agreement'] for row in found):.1f} %",
-                str(len(found)),
-            ]
-        )
-    first = next(iter(report["rows"].values()))
+    header = [title, "bits/weight, layers", "perplexity ratio", "KL mean", "top-1", "seeds"]
+    lines = []
+    for name in chosen or groups:
+        found = groups.get(name, [])
+        if found:
+            ratios = [row["ratio"] for row in found]
+            spread = f" ({min(ratios):.3f}-{max(ratios):.3f})" if len(found) > 1 else ""
+            lines.append(
+                [
+                    name,
+                    f"{mean(row['bits_per_weight']['body'] for row in found):.3f}",
+                    f"{mean(ratios):.3f}{spread}",
+                    f"{mean(row['kl_mean'] for row in found):.4f}",
+                    f"{100 * mean(row['top1_agreement'] for row in found):.1f} %",
+                    str(len(found)),
+                ]
+            )
+    first = next(iter(measured.values()))
     note = (
-        f"\n{first['tokens']} tokens of held-out Wikipedia text in windows of {first['window']}, bfloat16, "
-        f"{first['options']['calib_tokens']} calibration tokens (half web, half Wikipedia); the off-grid reference has "
-        f"perplexity {first['reference_perplexity']:.2f}. Trellis rows run with activations rounded to 8 bits, the "
-        f"others with decoded weights and 16-bit activations. Made by `benchmarks/quality.py`.\n"
+        f"\n{first['tokens']} tokens of held-out Wikipedia text in windows of {first['window']}, float32, decoded "
+        f"weights, head and embeddings in 16 bits unless the row says otherwise; {first['options']['calib_tokens']} "
+        f"calibration tokens, half web, half Wikipedia, for llama.cpp's importance matrix too; the off-grid reference "
+        f"has perplexity {first['reference_perplexity']:.2f}. Made by `benchmarks/quality.py`.\n"
     )
-    return markdown(header, rows) + note
+    return markdown(header, lines) + note
 
 
 def encoding() -> str:
@@ -165,7 +165,8 @@ def peers_note(report: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "quality-smollm2": quality_smollm2,
+    "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
+    "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
     "encoding": encoding,
     "kernels": kernels,
     "peers": peers,

@@ -6,6 +6,7 @@ Verbs import what they need when they run, so that help and errors come at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -371,6 +372,9 @@ def _options(
 
 def main() -> None:
     """Run a verb; every expected failure is one line on stderr and an exit code."""
+    # PyTorch's threads otherwise wait for each other by spinning, which doubles every time on a busy machine. It
+    # has to be said before PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FewbitError as error:
