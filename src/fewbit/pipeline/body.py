@@ -184,7 +184,8 @@ class Body:
         self.resumed += sum(map(len, groups)) - sum(map(len, missing))
         if any(missing):
             collector = measure()
-            jobs = [job for group in missing if group for job in self._jobs(group, collector)]
+            pairs = zip(groups, missing, strict=True)
+            jobs = [job for group, left in pairs if left for job in self._jobs(group, left, collector)]
             del collector
             for record in self.executor.run(jobs):
                 self.progress.tensor(record)
@@ -197,8 +198,8 @@ class Body:
             module: Any = self._module(tensor)
             module.weight.data = shard.weight(tensor)
 
-    def _jobs(self, group: Group, collector: HessianCollector) -> Iterator[RoundJob]:
-        """One job per tensor, once the factor that they share is on disk."""
+    def _jobs(self, group: Group, missing: Group, collector: HessianCollector) -> Iterator[RoundJob]:
+        """One job per missing tensor, once the factor that the group shares is on disk."""
         key, spec = group[0].shared_input, group[0].spec
         assert spec is not None
         tokens = collector.tokens[key]
@@ -206,12 +207,13 @@ class Body:
         damping = self.plan.options["damping"]
         if damping == "auto":
             held = collector.held.pop(key, torch.empty(0, spec.cols))
+            # Over the whole group, so that a run that goes on in the middle of one chooses the same.
             damping = choose_damping(self.stream.source, group, hessian, held, tokens)
         factor = f"factor-{key}.safetensors"
         inverse = inverse_factor(hessian, damping)
         del hessian
         write_tensors(self.work / factor, {"factor": inverse})
-        for tensor in group:
+        for tensor in missing:
             yield RoundJob(str(self.work), tensor.name, factor, (("tokens", tokens), ("damping", damping)))
 
     def head_hessian(self) -> torch.Tensor:
