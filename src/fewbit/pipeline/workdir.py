@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoint.artifact import is_artifact
-from fewbit.checkpoint.store import disk_errors, read_json, write_json
+from fewbit.checkpoint.store import SHARD_LIMIT, disk_errors, read_json, write_json
 from fewbit.errors import FewbitError, UsageError
 from fewbit.pipeline.jobs import PLAN_FILE
 from fewbit.pipeline.plan import Plan
@@ -107,16 +107,24 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int) -
         # Two generations of hidden states, the stream and the inputs of a layer's last linear, one factor.
         spill = calibration_tokens * (3 * 4 * width + 2 * widest) + 4 * widest**2
     shards = sum(tensor.bytes for tensor in plan.quantized)
-    needed = {work: shards + spill}
+    if plan.options["tune"]:
+        shards += sum(tensor.bytes for tensor in plan.quantized if tensor.kind == "body")
+    present = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     # The finished files are copied once while their headers are made.
-    needed[output.parent] = plan.totals()["bytes"] + min(plan.totals()["bytes"], 4 << 30)
-    parents = {path: path if path.exists() else path.resolve().parent for path in needed}
-    same = len({parent.stat().st_dev for parent in parents.values()}) == 1
-    for path, size in needed.items():
-        want = sum(needed.values()) if same else size
-        free = shutil.disk_usage(parents[path]).free
+    finished = plan.totals()["bytes"] + min(plan.totals()["bytes"], SHARD_LIMIT)
+    needed = ((work, max(0, shards + spill - present)), (output.resolve().parent, finished))
+    disks = [_existing(path) for path, _ in needed]
+    same = disks[0].stat().st_dev == disks[1].stat().st_dev
+    for (path, size), disk in zip(needed, disks, strict=True):
+        want = sum(size for _, size in needed) if same else size
+        free = shutil.disk_usage(disk).free
         if free < want:
             raise FewbitError(
                 f"the disk of {path} has {free / 1e6:.0f} MB free and the run needs about {want / 1e6:.0f} MB; "
                 "free some space or write to another disk"
             )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory that is there, of those that `path` is in."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
