@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from fewbit.errors import FewbitError, UsageError
+from fewbit.ops.extension import load_native
 from fewbit.pipeline.jobs import RoundJob, round_tensor
 
 EXECUTORS = ("serial", "process", "ray")
@@ -52,7 +53,7 @@ class ProcessExecutor:
             threads = max(1, torch.get_num_threads() // self._workers)
             # Forking a process with threads in native code is not safe.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, torch.set_num_threads, (threads,))
+            self._pool = ProcessPoolExecutor(self._workers, context, _use_threads, (threads,))
         return self._pool.submit(round_tensor, job)
 
     def run(self, jobs: Sequence[RoundJob]) -> Iterator[dict[str, Any]]:
@@ -76,6 +77,13 @@ class ProcessExecutor:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+
+def _use_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    native = load_native()
+    if native is not None:
+        native.set_num_threads(count)
 
 
 class RayExecutor:
@@ -115,7 +123,7 @@ def make_executor(name: str, workers: int | None = None) -> Executor:
     """The executor of that name; `workers` defaults to the processors of this machine."""
     if name not in EXECUTORS:
         raise UsageError(f"unknown executor '{name}': choose one of {', '.join(EXECUTORS)}")
-    workers = workers or os.cpu_count() or 1
+    workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
     if name == "serial":
