@@ -136,7 +136,7 @@ def test_a_wrong_record_is_refused_with_its_line(source, tmp_path, line):
 def test_chats_without_a_template_are_refused_with_the_line(source, tmp_path):
     source.tokenizer().chat_template = None
     path = write(tmp_path / "a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n')
-    with pytest.raises(UsageError, match="line 1: .*template"):
+    with pytest.raises(UsageError, match=r"line 1: .*template"):
         calibration_windows(source, [CalibrationText(path)], 100, 4)
 
 

@@ -98,7 +98,9 @@ class RayExecutor:
         self._started = not ray.is_initialized()
         if self._started:
             # RAY_ADDRESS names a cluster that is running; without it one starts here.
-            here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            here: dict[str, Any] = (
+                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            )
             ray.init(log_to_driver=False, **here)
         self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(round_tensor)
 
