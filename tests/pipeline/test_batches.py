@@ -13,6 +13,12 @@ class Stopped(BaseException):
     pass
 
 
+def stop_while_writing(files: BatchFiles, number: int) -> None:
+    with files.writing(number) as write:
+        write(0, {"hidden": torch.ones(1)})
+        raise Stopped
+
+
 def test_a_generation_is_there_once_it_is_complete(tmp_path):
     files = BatchFiles(tmp_path / "hidden")
     assert files.latest() is None
@@ -30,9 +36,8 @@ def test_a_generation_that_is_not_finished_leaves_the_one_before(tmp_path):
     files = BatchFiles(tmp_path)
     with files.writing(9) as write:
         write(0, {"hidden": torch.zeros(1)})
-    with pytest.raises(Stopped), files.writing(10) as write:
-        write(0, {"hidden": torch.ones(1)})
-        raise Stopped
+    with pytest.raises(Stopped):
+        stop_while_writing(files, 10)
     assert files.latest() == 9
     with files.writing(10) as write:
         write(1, {"hidden": torch.ones(1)})

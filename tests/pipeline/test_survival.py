@@ -137,7 +137,7 @@ def test_a_run_killed_while_it_starts_afresh_takes_nothing_over_from_the_one_bef
             quantize(model, root / "out", options, [calibration_text], Placement(fresh=True))
         if (root / ".out.work" / PLAN_FILE).exists():
             # Nothing was removed yet, so this still is the other run.
-            with pytest.raises(UsageError, match="other calibration tokens.*--fresh"):
+            with pytest.raises(UsageError, match=r"other calibration tokens.*--fresh"):
                 quantize(model, root / "out", options, [calibration_text])
             continue
         quantize(model, root / "out", options, [calibration_text])
