@@ -73,6 +73,25 @@ def test_tensors_are_copies_that_do_not_share_the_mapped_file(llama):
     assert source.tensor("model.norm.weight").abs().sum() > 0
 
 
+def test_a_file_that_is_cut_off_while_it_is_open_is_named(llama):
+    source = open_source(llama)
+    with (llama / SINGLE).open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(CorruptFile, match=r"model\.safetensors: .* ends too early; the file is cut off"):
+        source.tensor("model.norm.weight")
+    (llama / SINGLE).unlink()
+    with pytest.raises(CorruptFile, match=r"model\.safetensors: .*No such file"):
+        source.rows("model.embed_tokens.weight", 3, 5)
+
+
+def test_rows_are_those_of_the_tensor_and_end_with_it(tiny_llama_dir):
+    source = open_source(tiny_llama_dir)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        whole = source.tensor(name)
+        assert torch.equal(source.rows(name, 3, 17), whole[3:17])
+        assert torch.equal(source.rows(name, len(whole) - 2, len(whole) + 9), whole[-2:])
+
+
 def test_a_stored_copy_of_a_tied_head_is_not_listed(llama):
     weights = load_file(llama / SINGLE)
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, llama / SINGLE)

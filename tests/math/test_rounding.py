@@ -8,7 +8,7 @@ import torch
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.formats import format_names, get_format
 from fewbit.math.hadamard import random_signs
-from fewbit.math.rounding import inverse_factor, quantize_matrix, quantize_rotated, round_in_chunks
+from fewbit.math.rounding import decoded_error, inverse_factor, quantize_matrix, quantize_rotated, round_in_chunks
 
 CASES = [(name, bits) for name in format_names() for bits in get_format(name).bits]
 
@@ -170,12 +170,41 @@ def test_a_matrix_taken_in_chunks_of_rows_gives_the_same_bytes(name, bits, feedb
     signs = random_signs(512, 3) if spec.block > 1 else None
     factor = inverse_factor(_hessian(512)) if feedback else None
     whole = quantize_matrix(fmt, weight, spec, signs, factor)
-    chunked = quantize_matrix(fmt, weight, spec, signs, factor, chunk_rows=32)
+    chunked = quantize_matrix(fmt, weight, spec, signs, factor, chunk_weights=32 * 512)
     assert {key: part.shape for key, part in chunked.parts.items()} == {
         key: torch.Size(shape) for key, (shape, _) in fmt.layout(spec).items()
     }
     if name in ("trellis", "int8"):
         assert all(torch.equal(part, chunked.parts[key]) for key, part in whole.parts.items())
-    torch.testing.assert_close(chunked.values, whole.values, rtol=1e-3, atol=1e-4)
+    found, expected = (fmt.dequantize(done.parts, spec) for done in (chunked, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert chunked.relative_error == pytest.approx(whole.relative_error, rel=1e-3)
-    assert quantize_matrix(fmt, weight, spec, signs, factor, keep_values=False).values.numel() == 0
+    lost, energy = decoded_error(fmt, chunked.parts, spec, weight, signs)
+    assert lost / energy == pytest.approx(chunked.relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [70, 256, 300, 600])
+def test_the_blocked_factor_is_that_of_float64(size):
+    hessian = _hessian(size)
+    hessian[[3, size - 1], :] = 0
+    hessian[:, [3, size - 1]] = 0
+    before = hessian.clone()
+    factor = inverse_factor(hessian, 0.01)
+    assert torch.equal(hessian, before)
+    exact = hessian.double()
+    level = exact.diagonal()[exact.diagonal() > 0].mean()
+    exact[3, 3] = exact[size - 1, size - 1] = level
+    exact += 0.01 * level * torch.eye(size)
+    expected = torch.linalg.cholesky(torch.linalg.inv(exact), upper=True)
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("place", [5, 290])
+def test_the_damping_grows_wherever_a_block_fails(place, caplog):
+    hessian = torch.eye(300)
+    hessian[place, place + 1] = hessian[place + 1, place] = 1.5
+    with caplog.at_level(logging.WARNING):
+        factor = inverse_factor(hessian, 0.01)
+    assert "used 1" in caplog.text
+    torch.testing.assert_close(factor.t() @ factor @ (hessian + torch.eye(300)), torch.eye(300), rtol=0, atol=1e-4)

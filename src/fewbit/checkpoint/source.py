@@ -31,7 +31,7 @@ MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _COMPANION_FILES = (*_TOKENIZER_FILES, "chat_template*", "generation_config.json")
 _HUB_FILES = [*_COMPANION_FILES, "config.json", "*.safetensors", INDEX]
@@ -146,21 +146,19 @@ class SafetensorsSource(Source):
         self.path = directory
         self.config = _load_config(directory)
         files = _shard_files(directory)
-        self._handles: dict[str, Any] = {}
+        self._files: dict[str, _SafetensorsFile] = {}
         self._where: dict[str, _Stored] = {}
         family = find_family(self.config.model_type)
         experts = family.experts if family else None
         for file, promised in files.items():
-            handle = _open_safetensors(directory / file)
-            self._handles[file] = handle
-            held = list(handle.keys())
-            for name in promised - set(held):
+            self._files[file] = held = _SafetensorsFile(directory / file)
+            for name in promised - set(held.tensors):
                 raise CorruptFile(f"{directory / file}: holds no {name}, which {INDEX} promises; download it again")
-            for name in held:
+            for name, (_, shape, _) in held.tensors.items():
                 if self._is_weight(name):
-                    self._where |= _entries(file, name, handle.get_slice(name).get_shape(), experts)
+                    self._where |= _entries(file, name, shape, experts)
         for stored in self._where.values():
-            dtype = self._handles[stored.file].get_slice(stored.name).get_dtype()
+            dtype = self._files[stored.file].tensors[stored.name][0]
             if dtype not in _FLOAT_DTYPES:
                 raise UsageError(
                     f"{directory / stored.file}: {stored.name} has dtype {dtype}; full-precision models have "
@@ -174,34 +172,36 @@ class SafetensorsSource(Source):
     def names(self) -> list[str]:
         return list(self._where)
 
-    def _stored(self, name: str) -> tuple[_Stored, Any]:
-        """Where the tensor lies, and a handle that reads slices of it."""
+    def _stored(self, name: str) -> tuple[_Stored, tuple[int, ...]]:
+        """Where the tensor lies, and the shape of what is stored there."""
         if name not in self._where:
             raise CorruptFile(f"{self.path}: has no tensor {name}; download the model again")
         stored = self._where[name]
-        return stored, self._handles[stored.file].get_slice(stored.name)
+        return stored, self._files[stored.file].tensors[stored.name][1]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored, slices = self._stored(name)
-        shape = tuple(slices.get_shape())
+        stored, shape = self._stored(name)
         return shape if stored.expert is None else (stored.rows, *shape[2:])
 
     def tensor(self, name: str) -> torch.Tensor:
-        stored, _ = self._stored(name)
-        if stored.expert is not None:
-            return self.rows(name, 0, stored.rows)
-        # A copy: the handle's tensor is a view of the mapped file.
-        return self._handles[stored.file].get_tensor(stored.name).to(torch.float32, copy=True)
+        shape = self.shape(name)
+        return self.rows(name, 0, shape[0]) if shape else self._read(name, 0, 1).view(())
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        stored, slices = self._stored(name)
-        if stored.expert is None:
-            return slices[start:stop].to(torch.float32, copy=True)
-        first, last = stored.first_row + start, stored.first_row + min(stop, stored.rows)
-        return slices[stored.expert, first:last].to(torch.float32, copy=True)
+        shape = self.shape(name)
+        width = math.prod(shape[1:])
+        stop = min(stop, shape[0])
+        return self._read(name, start * width, (stop - start) * width).view(stop - start, *shape[1:])
+
+    def _read(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` numbers of a tensor from the number `first` on, float32."""
+        stored, shape = self._stored(name)
+        if stored.expert is not None:
+            first += (stored.expert * shape[1] + stored.first_row) * math.prod(shape[2:])
+        return self._files[stored.file].read(stored.name, first, count).float()
 
     def fingerprint(self) -> str:
-        return fingerprint_files([self.path / file for file in sorted(self._handles)], self.config)
+        return fingerprint_files([self.path / file for file in sorted(self._files)], self.config)
 
     def tokenizer(self) -> Any:
         if not any(True for pattern in _TOKENIZER_FILES for _ in self.path.glob(pattern)):
@@ -215,7 +215,7 @@ class SafetensorsSource(Source):
                 shutil.copyfile(item, Path(out_dir) / item.name)
 
 
-def _entries(file: str, name: str, shape: list[int], experts: Experts | None) -> dict[str, _Stored]:
+def _entries(file: str, name: str, shape: tuple[int, ...], experts: Experts | None) -> dict[str, _Stored]:
     """The tensors that one stored tensor holds, under the names this project gives them."""
     if experts is None:
         return {name: _Stored(file, name)}
@@ -289,15 +289,51 @@ def _shard_files(directory: Path) -> dict[str, set[str]]:
     return files
 
 
-def _open_safetensors(path: Path) -> Any:
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > MAX_HEADER:
-        raise CorruptFile(f"{path}: header of {header} bytes, allowed are {MAX_HEADER}; the file is damaged")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFile(f"{path}: {first_line(error)}; the file is cut off or damaged, download it again") from error
+class _SafetensorsFile:
+    """Reads pieces of a safetensors file.
+
+    The library would map it; pages of a mapped file count as this process's memory, the whole model in the end, and
+    one that is cut off while it is mapped ends the process without a word.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER:
+                raise CorruptFile(f"{path}: header of {size} bytes, allowed are {MAX_HEADER}; the file is damaged")
+            try:
+                # The library checks that the header and the file fit together.
+                with safe_open(path, framework="pt", device="cpu"):
+                    header = json.loads(file.read(size))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise self._damaged(error) from error
+        header.pop("__metadata__", None)
+        self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {
+            name: (entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+        """Dtype, shape and place in the file."""
+
+    def _damaged(self, error: Exception) -> CorruptFile:
+        return CorruptFile(f"{self.path}: {first_line(error)}; the file is cut off or damaged, download it again")
+
+    def read(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` numbers of a tensor from the number `first` on."""
+        dtype, _, place = self.tensors[name]
+        numbers = torch.empty(count, dtype=_FLOAT_DTYPES[dtype])
+        left = numbers.view(torch.uint8).numpy().data
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(place + first * numbers.element_size())
+                while left:
+                    done = file.readinto(left)
+                    if not done:
+                        raise OSError(f"{name} ends too early")
+                    left = left[done:]
+        except OSError as error:
+            raise self._damaged(error) from error
+        return numbers
 
 
 def _download(name: str) -> Path:

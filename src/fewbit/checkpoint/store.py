@@ -50,7 +50,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "choose a directory that is not read-only",
         }
         remedy = remedies.get(error.errno or 0, "check the path")
-        raise FewbitError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+        where = error.filename or path
+        raise FewbitError(f"cannot write {where}: {error.strerror or error}; {remedy}") from error
     except SafetensorError as error:
         # safetensors wraps the operating system's error into text.
         raise FewbitError(f"cannot write {path}: {error}; free some space or write to another disk") from error
@@ -126,7 +127,8 @@ class ShardedWriter:
         size = tensor.numel() * tensor.element_size()
         if self._entries and self._size + size > self._limit:
             self._flush()
-        with disk_errors(self._data), self._data.open("ab") as file:
+        # The first tensor replaces what a process that was killed may have left.
+        with disk_errors(self._data), self._data.open("ab" if self._entries else "wb") as file:
             if size:
                 file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         self._entries.append((name, tensor.dtype, tuple(tensor.shape), self._size, size))

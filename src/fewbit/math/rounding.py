@@ -7,6 +7,7 @@ runs any format over a whole matrix; how a column is rounded is the format's bus
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -212,12 +213,17 @@ def quantize_rotated(
             if encoded.error is None:
                 raise FewbitError(f"format {spec.format} returned no feedback although it was given a factor")
             current[:, stop:].addmm_(encoded.error, factor[start:stop, stop:], alpha=-1.0)
-        lost += float((encoded.values - original[:, start:stop]).double().square().sum())
+        lost += energy(encoded.values - original[:, start:stop])
         groups.append(encoded)
-    total = float(original.double().square().sum())
+    total = energy(original)
     values = torch.cat([encoded.values for encoded in groups], dim=1)
     parts = fmt.assemble(groups, spec, tensor_scale)
     return Quantized(parts, values, lost / total if total > 0.0 else 0.0)
+
+
+def energy(matrix: torch.Tensor) -> float:
+    """|W|^2 of `W [N, K]`, the same for any number of threads: those share rows, and a row's sum is one thread's."""
+    return math.fsum(matrix.double().square().sum(1).tolist())
 
 
 class Rows(Protocol):
@@ -256,15 +262,15 @@ def quantize_matrix(
         # Rows of zeros, such as unused tokens, have no scale of their own to compare.
         shared = max((fmt.tensor_scale(piece, part) for piece, part in pieces() if bool(piece.any())), default=1.0)
     found: list[dict[str, torch.Tensor]] = []
-    lost = energy = 0.0
+    lost = total = 0.0
     for piece, part in pieces():
         quantized = quantize_rotated(fmt, piece, part, factor, shared)
         found.append(quantized.parts)
-        own = float(piece.double().square().sum())
-        energy += own
+        own = energy(piece)
+        total += own
         lost += own * quantized.relative_error
     parts = {name: _join_rows([piece[name] for piece in found], shape) for name, (shape, _) in fmt.layout(spec).items()}
-    return Quantized(parts, torch.empty(0), lost / energy if energy > 0.0 else 0.0)
+    return Quantized(parts, torch.empty(0), lost / total if total > 0.0 else 0.0)
 
 
 def _chunk_rows(spec: TensorSpec, chunk_weights: int) -> int:
@@ -279,16 +285,16 @@ def decoded_error(
     Without `weight` it is taken to be zero, which still tells whether everything decodes to finite numbers.
     """
     rows = _chunk_rows(spec, CHUNK_WEIGHTS)
-    lost = energy = 0.0
+    lost = total = 0.0
     for start in range(0, spec.rows, rows):
         stop = min(start + rows, spec.rows)
         difference = fmt.dequantize(*fmt.slice_rows(parts, spec, start, stop))
         if weight is not None:
             piece = weight[start:stop].float()
-            energy += float(piece.double().square().sum())
+            total += energy(piece)
             difference = difference - (piece if signs is None else rotate(piece, signs, spec.block))
-        lost += float(difference.double().square().sum())
-    return lost, energy
+        lost += energy(difference)
+    return lost, total
 
 
 def _join_rows(pieces: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:

@@ -113,18 +113,19 @@ class Body:
     def _independent_layer(self, index: int) -> None:
         """All inputs measured at once in the full layer, which is also what the next layers see."""
         groups = [group for stage in self._groups(index) for group in stage]
+        # The hidden states say that the layer is done, so they get their name after the last shard.
+        with self.hidden.writing(index + 1) as write:
 
-        def measure() -> HessianCollector:
-            with self._collector(groups) as collector, self.hidden.writing(index + 1) as write:
-                for number in range(len(self.stream.batches)):
-                    hidden = self.hidden.read(index, number)["hidden"]
-                    write(number, {"hidden": self.stream.run_layer(index, hidden)})
-                    self.progress.advance(2)
-            return collector
+            def measure() -> HessianCollector:
+                with self._collector(groups) as collector:
+                    for number in range(len(self.stream.batches)):
+                        hidden = self.hidden.read(index, number)["hidden"]
+                        write(number, {"hidden": self.stream.run_layer(index, hidden)})
+                        self.progress.advance(2)
+                return collector
 
-        self._round(groups, measure, install=False)
-        if self.hidden.latest() != index + 1:
-            measure()
+            if not self._round(groups, measure, install=False):
+                measure()
 
     def _last_stage(self, index: int, group: Group) -> None:
         """Measure and round the layer's last linear, and run it alone on its inputs, which go through files.
@@ -178,8 +179,11 @@ class Body:
                 self.stream.run_layer(index, self.hidden.read(index, number)["hidden"], stop)
         return collector
 
-    def _round(self, groups: list[Group], measure: Callable[[], HessianCollector], install: bool = True) -> None:
-        """Round the groups' tensors unless their shards are there, and put what they decode to into the layer."""
+    def _round(self, groups: list[Group], measure: Callable[[], HessianCollector], install: bool = True) -> bool:
+        """Round the groups' tensors unless their shards are there, and put what they decode to into the layer.
+
+        Returns whether anything had to be measured.
+        """
         missing = [[tensor for tensor in group if read_shard(self.work, self.plan, tensor) is None] for group in groups]
         self.resumed += sum(map(len, groups)) - sum(map(len, missing))
         if any(missing):
@@ -197,6 +201,7 @@ class Body:
                 raise CorruptFile(f"{shard_path(self.work, tensor)} cannot be read back; check the disk and repeat")
             module: Any = self._module(tensor)
             module.weight.data = shard.weight(tensor)
+        return any(missing)
 
     def _jobs(self, group: Group, missing: Group, collector: HessianCollector) -> Iterator[RoundJob]:
         """One job per missing tensor, once the factor that the group shares is on disk.
@@ -210,6 +215,7 @@ class Body:
         damping = self.plan.options["damping"]
         if damping == "auto":
             held = collector.held.pop(key, torch.empty(0, spec.cols))
+            # Over the whole group, so that a run that goes on in the middle of one chooses the same.
             damping = choose_damping(self.stream.source, group, hessian, held, tokens)
         factor = f"factor-{key}.safetensors"
         inverse = inverse_factor(hessian, damping)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from fewbit.errors import FewbitError, UsageError
+from fewbit.ops.extension import load_native
 from fewbit.pipeline.jobs import RoundJob, round_tensor
 
 EXECUTORS = ("serial", "process", "ray")
@@ -52,7 +53,7 @@ class ProcessExecutor:
             threads = max(1, torch.get_num_threads() // self._workers)
             # Forking a process with threads in native code is not safe.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, torch.set_num_threads, (threads,))
+            self._pool = ProcessPoolExecutor(self._workers, context, _use_threads, (threads,))
         return self._pool.submit(round_tensor, job)
 
     def run(self, jobs: Sequence[RoundJob]) -> Iterator[dict[str, Any]]:
@@ -78,6 +79,13 @@ class ProcessExecutor:
             self._pool = None
 
 
+def _use_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    native = load_native()
+    if native is not None:
+        native.set_num_threads(count)
+
+
 class RayExecutor:
     """Tasks on a Ray cluster whose nodes see the model and the work directory under the same paths."""
 
@@ -90,7 +98,9 @@ class RayExecutor:
         self._started = not ray.is_initialized()
         if self._started:
             # RAY_ADDRESS names a cluster that is running; without it one starts here.
-            here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            here: dict[str, Any] = (
+                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            )
             ray.init(log_to_driver=False, **here)
         self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(round_tensor)
 
@@ -115,7 +125,7 @@ def make_executor(name: str, workers: int | None = None) -> Executor:
     """The executor of that name; `workers` defaults to the processors of this machine."""
     if name not in EXECUTORS:
         raise UsageError(f"unknown executor '{name}': choose one of {', '.join(EXECUTORS)}")
-    workers = workers or os.cpu_count() or 1
+    workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
     if name == "serial":

@@ -104,9 +104,10 @@ def _add(
         stored = {tensor.name: plain}
         record |= {"reason": tensor.reason, "dtype": tensor.dtype, "sha256": tensors_hash(stored)}
     else:
-        shard = read_shard(work / TUNED, plan, tensor) or read_shard(work, plan, tensor)
+        place = work / TUNED if tuned and tensor.kind == "body" else work
+        shard = read_shard(place, plan, tensor)
         if shard is None:
-            raise CorruptFile(f"{shard_path(work, tensor)} is missing or damaged; start again with --fresh")
+            raise CorruptFile(f"{shard_path(place, tensor)} is missing or damaged; start again with --fresh")
         stored = {f"{tensor.module}.{name}": part for name, part in shard.parts.items()}
         record |= {**shard.facts, "sha256": tensors_hash(shard.parts)}
     for name, value in stored.items():

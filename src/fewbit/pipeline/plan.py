@@ -159,7 +159,8 @@ def make_plan(
         _plan_tensor(source, family, name, options, bits or {}) for name in sorted(source.names(), key=_natural)
     )
     choices = {**options.to_json(), "calibration": calibration}
-    return Plan(str(source.path), source.config.model_type, source.fingerprint(), choices, tensors)
+    # Workers on other machines, and later runs, may start in another directory.
+    return Plan(str(source.path.absolute()), source.config.model_type, source.fingerprint(), choices, tensors)
 
 
 def _plan_tensor(

@@ -7,7 +7,6 @@ hidden states between layers are on disk, so a killed run continues where it sto
 from __future__ import annotations
 
 import resource
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from fewbit.pipeline.sensitivity import Sensitivities
 from fewbit.pipeline.shards import ShardMaker
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
 from fewbit.pipeline.tune import Tuner, tuning_result, tuning_windows
-from fewbit.pipeline.workdir import check_output, check_space, default_work, earlier_plan, open_work
+from fewbit.pipeline.workdir import check_output, check_space, default_work, earlier_plan, open_work, remove_work
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def quantize(
                     Tuner(source, plan, found.tuning, work, logged).run()
             report = tuning_result(work)[1]
             records = finish(source, plan, work, output, logged)
-            shutil.rmtree(work)
+            remove_work(work)
     finally:
         executor.close()
     totals = plan.totals()

@@ -110,8 +110,10 @@ def _records(tokenizer: Any, path: Path, lines: Any, tokens: int) -> list[int]:
                 # The template puts special tokens where they belong.
                 chat = tokenizer.apply_chat_template(record["messages"], tokenize=False)
                 ids += tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
-            else:
+            elif isinstance(record["text"], str):
                 ids += tokenizer(record["text"], verbose=False)["input_ids"]
+            else:
+                raise TypeError("text is no string")
         # A template may raise anything on messages that it does not know.
         except Exception as error:
             raise UsageError(

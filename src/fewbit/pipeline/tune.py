@@ -148,8 +148,9 @@ class Tuner:
         """Tune and write the tuned shards and plain tensors; does nothing where that is done."""
         if (self.work / REPORT).exists():
             return
-        if len(self.stream.batches) < 2:
-            self.progress.note(f"not tuned: the text fills fewer than {2 * WINDOWS_PER_STEP} windows")
+        least = 2 * WINDOWS_PER_STEP
+        if self.windows.shape[0] < least:
+            self.progress.note(f"not tuned: that takes {least} windows of calibration text at least")
             return
         self._full_states()
         self._load()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoint.artifact import is_artifact
-from fewbit.checkpoint.store import disk_errors, write_json
+from fewbit.checkpoint.store import SHARD_LIMIT, disk_errors, read_json, write_json
 from fewbit.errors import FewbitError, UsageError
 from fewbit.pipeline.jobs import PLAN_FILE
 from fewbit.pipeline.plan import Plan
+
+UNPLANNED = f"{PLAN_FILE}.partial"
+"""What the plan is called while it is written, and while the directory is emptied: its other files then count for
+nothing."""
 
 
 def check_output(output: Path, fresh: bool) -> None:
@@ -36,7 +41,8 @@ def earlier_plan(work: Path) -> Plan | None:
 def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool, keep: tuple[str, ...] = ()) -> None:
     """Make the work directory, or check that the one there belongs to this plan; `facts` are written beside it.
 
-    `fresh` empties it first, of all but the entries named in `keep`.
+    Where `fresh` is asked for, or a run died without a plan, everything but the entries named in `keep` goes first.
+    The source is taken from where it is now; a run may go on after its model was moved.
     """
     earlier = None if fresh else earlier_plan(work)
     if earlier is None and work.exists() and any(work.iterdir()) and not _is_work(work):
@@ -47,18 +53,33 @@ def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool, keep: 
                 f"{work} holds an interrupted run with {difference(earlier, plan)}; "
                 "repeat that request to continue it, or start again with --fresh"
             )
+        if earlier.source != plan.source:
+            write_json(work / PLAN_FILE, {**read_json(work / PLAN_FILE), "source": plan.source})
         return
     with disk_errors(work):
-        for entry in work.iterdir() if fresh and work.exists() else ():
-            if entry.name not in keep:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        (work / "shards").mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        _empty(work, keep)
     write_json(work / PLAN_FILE, {**plan.to_json(), **facts})
 
 
+def remove_work(work: Path) -> None:
+    """Remove the directory of a run that is finished."""
+    _empty(work, ())
+    shutil.rmtree(work)
+
+
+def _empty(work: Path, keep: tuple[str, ...]) -> None:
+    """Remove a run's files; a process that is killed in here leaves nothing that a later one takes for a run."""
+    if (work / PLAN_FILE).exists():
+        os.replace(work / PLAN_FILE, work / UNPLANNED)
+    for entry in sorted(work.iterdir()):
+        if entry.name not in (*keep, UNPLANNED):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 def _is_work(work: Path) -> bool:
-    # A run that was killed before its plan was written leaves an empty directory of shards.
-    return any((work / name).exists() for name in (PLAN_FILE, "shards", "sensitivity"))
+    places = (work, work / "sensitivity")
+    return any((place / name).exists() for place in places for name in (PLAN_FILE, UNPLANNED))
 
 
 def difference(earlier: Plan, plan: Plan) -> str:
@@ -86,16 +107,24 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int) -
         # Two generations of hidden states, the stream and the inputs of a layer's last linear, one factor.
         spill = calibration_tokens * (3 * 4 * width + 2 * widest) + 4 * widest**2
     shards = sum(tensor.bytes for tensor in plan.quantized)
-    needed = {work: shards + spill}
+    if plan.options["tune"]:
+        shards += sum(tensor.bytes for tensor in plan.quantized if tensor.kind == "body")
+    present = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     # The finished files are copied once while their headers are made.
-    needed[output.parent] = plan.totals()["bytes"] + min(plan.totals()["bytes"], 4 << 30)
-    parents = {path: next(p for p in (path.resolve(), *path.resolve().parents) if p.exists()) for path in needed}
-    same = len({parent.stat().st_dev for parent in parents.values()}) == 1
-    for path, size in needed.items():
-        want = sum(needed.values()) if same else size
-        free = shutil.disk_usage(parents[path]).free
+    finished = plan.totals()["bytes"] + min(plan.totals()["bytes"], SHARD_LIMIT)
+    needed = ((work, max(0, shards + spill - present)), (output.resolve().parent, finished))
+    disks = [_existing(path) for path, _ in needed]
+    same = disks[0].stat().st_dev == disks[1].stat().st_dev
+    for (path, size), disk in zip(needed, disks, strict=True):
+        want = sum(size for _, size in needed) if same else size
+        free = shutil.disk_usage(disk).free
         if free < want:
             raise FewbitError(
                 f"the disk of {path} has {free / 1e6:.0f} MB free and the run needs about {want / 1e6:.0f} MB; "
                 "free some space or write to another disk"
             )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory that is there, of those that `path` is in."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
