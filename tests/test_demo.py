@@ -257,6 +257,7 @@ def test_demo_runs_reuses_its_checkpoints_and_spares_foreign_files(
         text=str(text),
         calib_tokens=128,
         calib_window=128,
+        tune_steps=2,
         eval_tokens=256,
         eval_window=128,
         gen_tokens=4,

@@ -32,7 +32,7 @@ from fewbit.loading import load, load_any
 from fewbit.math.hadamard import random_signs, rotate
 from fewbit.math.rounding import quantize_rotated
 from fewbit.pipeline.options import QuantizeOptions
-from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan
+from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.run import Placement, prepare, quantize
 
 PRODUCT = "trellis"
@@ -60,6 +60,7 @@ class DemoSettings:
     text: str = ""
     calib_tokens: int = 16384
     calib_window: int = 512
+    tune_steps: int = 32
     eval_tokens: int = 8192
     eval_window: int = 512
     gen_tokens: int = 40
@@ -69,7 +70,15 @@ class DemoSettings:
     )
 
     def options(self, code: str) -> QuantizeOptions:
-        return QuantizeOptions(code=code, calib_tokens=self.calib_tokens, calib_window=self.calib_window)
+        """The product is tuned, in fewer steps than by default; its controls are not."""
+        tuned = code == PRODUCT
+        return QuantizeOptions(
+            code=code,
+            calib_tokens=self.calib_tokens,
+            calib_window=self.calib_window,
+            tune=tuned,
+            tune_steps=self.tune_steps if tuned else 0,
+        )
 
 
 @dataclass
@@ -106,8 +115,7 @@ def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None 
     paths = {code: out / code for code in (PRODUCT, *CONTROLS)}
     for code, path in paths.items():
         with stages.stage(f"quantize {code}", _QUANTIZE[code]):
-            # The calibration tokens are those of the first plan, so they need not be cut again.
-            wanted = make_plan(source, settings.options(code).resolved(source.weights()), plan.options["calibration"])
+            wanted = prepare(model, settings.options(code), calibration).plan
             _quantize(model, path, settings.options(code), calibration, fresh, wanted)
     with _no_loading_bars():
         full, tokenizer = load_any(model)
@@ -141,7 +149,7 @@ def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None 
 
 
 _QUANTIZE = {
-    "trellis": "3 bits per weight: rotate, then search the best path through the code, with error feedback.",
+    "trellis": "3 bits per weight: rotate, search the best path through the code with error feedback, tune the scales.",
     "iq3_s": "Control: the 3.4-bit block of ggml's IQ3_S on the same rotated weights.",
     "ternary": "Control: the ITQ3_S paper's three values taken literally.",
 }
