@@ -190,10 +190,10 @@ def test_a_process_killed_by_a_signal_ends_byte_identical_when_repeated(tiny_mod
     while not output.exists():
         process = command(model, output, calibration_text, *options)
         # Each time a little further than the time before, so that the whole run is covered by a few kills.
-        goal = marks(output.parent) + random_delay.randrange(4, 24)
+        goal = marks(output.parent) + random_delay.randrange(6, 36)
         while process.poll() is None and marks(output.parent) < goal:
             time.sleep(0.002)
-        if killed < 8:
+        if killed < 5:
             time.sleep(random_delay.random() * 0.1)
             process.send_signal(signal.SIGKILL)
             killed += 1
