@@ -87,13 +87,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
             partial.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a file and its metadata; raises `CorruptFile` where it is damaged."""
+def read_tensors(path: Path, remedy: str = "delete it and run again") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a file and its metadata; raises `CorruptFile` with the remedy where it is damaged or gone."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CorruptFile(f"{path} is damaged ({error}); delete it and run again") from error
+        raise CorruptFile(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:

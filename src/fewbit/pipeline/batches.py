@@ -47,7 +47,9 @@ class BatchFiles:
 
     def read(self, number: int, batch: int) -> dict[str, torch.Tensor]:
         """The tensors of one batch; raises `CorruptFile` where the file is damaged or gone."""
-        return read_tensors(self._generation(number) / f"{batch:06d}.safetensors")[0]
+        # One batch cannot be made again alone, but all of them can.
+        remedy = f"delete {self.directory} and run again"
+        return read_tensors(self._generation(number) / f"{batch:06d}.safetensors", remedy)[0]
 
     def discard(self, number: int) -> None:
         """Free a generation's space."""

@@ -131,6 +131,8 @@ def _plain(source: Source, tensor: PlannedTensor) -> torch.Tensor:
 def _config(source: Source, plan: Plan) -> dict[str, Any]:
     modules = [QuantizedModule(t.module, t.spec, t.kind) for t in plan.quantized if t.spec is not None]
     config = source.config.to_dict()
+    # Where the model was on this machine is nobody's business.
+    config.pop("_name_or_path", None)
     config["dtype"] = "bfloat16"
     config["tie_word_embeddings"] = source.tied_embeddings
     config["quantization_config"] = {

@@ -181,7 +181,8 @@ def quantize(
     work = placement.work.resolve() if placement.work else default_work(output)
     found = prepare(model, options, calibration, placement, work, progress)
     source, plan, windows = found.source, found.plan, found.windows
-    check_space(work, output, plan, windows.numel() if windows is not None else 0)
+    tokens = [0 if cut is None else cut.numel() for cut in (windows, found.tuning)]
+    check_space(work, output, plan, *tokens)
     open_work(work, plan, {"prediction": predict(plan, windows)}, placement.fresh, ("sensitivity",))
     executor = make_executor(placement.executor, placement.workers)
     logged = Logged(progress, work / "log.jsonl")

@@ -146,7 +146,7 @@ class Tuner:
 
     def run(self) -> None:
         """Tune and write the tuned shards and plain tensors; does nothing where that is done."""
-        if (self.work / REPORT).exists():
+        if (self.work / REPORT).exists() and (self.work / PLAIN).exists():
             return
         least = 2 * WINDOWS_PER_STEP
         if self.windows.shape[0] < least:

@@ -98,7 +98,7 @@ def difference(earlier: Plan, plan: Plan) -> str:
     return ", ".join(changed) or "another plan: it was made by another release of fewbit"
 
 
-def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int) -> None:
+def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int, tuning_tokens: int = 0) -> None:
     """Refuse to begin what the disk has no room for."""
     spill = 0
     if calibration_tokens:
@@ -106,6 +106,8 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int) -
         width = next(tensor.shape[1] for tensor in plan.tensors if tensor.kind == "embed")
         # Two generations of hidden states, the stream and the inputs of a layer's last linear, one factor.
         spill = calibration_tokens * (3 * 4 * width + 2 * widest) + 4 * widest**2
+        # The last generation stays while tuning has two of its own.
+        spill = max(spill, 4 * width * (calibration_tokens + 2 * tuning_tokens))
     shards = sum(tensor.bytes for tensor in plan.quantized)
     if plan.options["tune"]:
         shards += sum(tensor.bytes for tensor in plan.quantized if tensor.kind == "body")

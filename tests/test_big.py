@@ -1,0 +1,47 @@
+"""The benchmark of an 8B shape, on a shape of a few thousand weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_big(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("benchmark_big", ROOT / "benchmarks" / "big.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_model_of_any_shape_is_written_compressed_and_compared_with_its_bound(tmp_path, monkeypatch):
+    big = load_big(monkeypatch)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        num_hidden_layers=3,
+        tie_word_embeddings=False,
+    )
+    monkeypatch.setattr(big, "SHARD_BYTES", 100_000)
+    row = big.measure(config, tmp_path, ["--bits", "4"])
+    layer = 64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 128 + 2 * 64
+    assert row["weights"] == 3 * layer + 2 * 96 * 64 + 64
+    assert row["source_bytes"] > 2 * row["weights"]
+    assert row["bound_bytes"] == 8 * layer + 10**9
+    assert row["bits_per_weight"]["body"] > 4
+    assert row["peak_memory_bytes"] > 10**8
+    assert row["within_bound"] == (row["peak_memory_bytes"] <= row["bound_bytes"])
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+
+
+def test_the_full_shape_has_eight_billion_weights(monkeypatch):
+    big = load_big(monkeypatch)
+    config = LlamaConfig(**big.SHAPE, num_hidden_layers=32)
+    assert 32 * big.layer_bytes(config) / 4 + 2 * 128256 * 4096 + 4096 == 8_030_261_248
