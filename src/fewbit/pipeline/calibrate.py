@@ -226,7 +226,9 @@ class HessianCollector:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
             signs, block = self._rotations[key]
             if signs is not None:
-                x = rotate(x, signs, block)
+                # Autocast, under which the layer runs, would rotate in bfloat16 and return that.
+                with torch.autocast("cpu", enabled=False):
+                    x = rotate(x, signs, block)
             size = x.shape[1]
             if key not in self._sums:
                 self._sums[key] = torch.zeros(size, size)
