@@ -204,7 +204,7 @@ def test_a_process_killed_by_a_signal_ends_byte_identical_when_repeated(tiny_mod
     while not output.exists():
         process = command(model, output, calibration_text, *options)
         # Each time a little further than the time before, so that the whole run is covered by a few kills.
-        goal = marks(output.parent) + random_delay.randrange(100 // kills, 200 // kills)
+        goal = marks(output.parent) + random_delay.randrange(60 // kills, 180 // kills)
         while process.poll() is None and marks(output.parent) < goal:
             time.sleep(0.002)
         if killed < kills:
@@ -212,7 +212,7 @@ def test_a_process_killed_by_a_signal_ends_byte_identical_when_repeated(tiny_mod
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.wait()
-    assert killed > kills // 2
+    assert killed >= min(kills, 4)
     assert files_of(output) == files_of(tmp_path / "whole")
     shutil.rmtree(output.parent)
 
