@@ -122,7 +122,7 @@ def test_tuning_that_makes_things_worse_ends_early_and_keeps_where_it_began(
     tiny_models, calibration_text, tmp_path, monkeypatch
 ):
     options = QuantizeOptions(**SETTINGS, tune=True, tune_steps=200)
-    held = iter([1.0, 1.1, 0.9, 0.95, 0.91, 0.5])
+    held = iter([2.0, 1.0, 1.1, 0.9, 0.95, 0.91, 0.5])  # the first is taken before anything is tuned
     monkeypatch.setattr(Tuner, "_held_loss", lambda self, batches: next(held))
     states: list[_State] = []
     seen: list[dict[str, torch.Tensor]] = []
