@@ -22,6 +22,7 @@ from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.pipeline.jobs import PLAN_FILE
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import Placement, quantize
+from fewbit.pipeline.workdir import default_work, locked
 
 CALIBRATED = {"calib_tokens": 1024, "calib_window": 128, "calib_dtype": "float32", "tune": False}
 KINDS = {
@@ -366,3 +367,12 @@ def test_a_text_too_short_to_tune_on_is_used_without_tuning(model, calibration_t
     short.write_text(calibration_text.read_text()[:400])
     quantize(model, tmp_path / "out", KINDS["tuned"], [short])
     assert "tuning" not in json.loads((tmp_path / "out" / "fewbit.json").read_text())
+
+
+def test_a_second_process_in_the_same_directory_is_refused(tiny_models, calibration_text, tmp_path):
+    with locked(default_work(tmp_path / "out")), pytest.raises(UsageError, match="another process works in"):
+        quantize(tiny_models["tied"], tmp_path / "out", KINDS["nearest"], [calibration_text])
+    # The lock of a process that was killed is nobody's: its file does not matter.
+    (tmp_path / ".out.work.lock").touch()
+    quantize(tiny_models["tied"], tmp_path / "out", KINDS["nearest"], [calibration_text])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

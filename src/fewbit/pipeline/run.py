@@ -29,7 +29,15 @@ from fewbit.pipeline.sensitivity import Sensitivities
 from fewbit.pipeline.shards import ShardMaker
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
 from fewbit.pipeline.tune import Tuner, tuning_result, tuning_windows
-from fewbit.pipeline.workdir import check_output, check_space, default_work, earlier_plan, open_work, remove_work
+from fewbit.pipeline.workdir import (
+    check_output,
+    check_space,
+    default_work,
+    earlier_plan,
+    locked,
+    open_work,
+    remove_work,
+)
 
 
 @dataclass(frozen=True)
@@ -176,9 +184,22 @@ def quantize(
     """
     options, placement, progress = options or QuantizeOptions(), placement or Placement(), progress or Silent()
     output = Path(output)
-    started = time.monotonic()
     check_output(output, placement.fresh)
     work = placement.work.resolve() if placement.work else default_work(output)
+    with locked(work):
+        return _quantize(model, output, options, calibration, placement, work, progress)
+
+
+def _quantize(
+    model: str | Path,
+    output: Path,
+    options: QuantizeOptions,
+    calibration: Sequence[CalibrationText | str | Path],
+    placement: Placement,
+    work: Path,
+    progress: Progress,
+) -> QuantizeResult:
+    started = time.monotonic()
     found = prepare(model, options, calibration, placement, work, progress)
     source, plan, windows = found.source, found.plan, found.windows
     tokens = [0 if cut is None else cut.numel() for cut in (windows, found.tuning)]

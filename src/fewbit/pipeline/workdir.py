@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,32 @@ def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool, keep: 
     write_json(work / PLAN_FILE, {**plan.to_json(), **facts})
 
 
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Inside, no other process works in `work`; the system gives the lock back when this one ends, however it ends.
+
+    Raises `UsageError` where another process has it.
+    """
+    # Beside the directory, which is emptied and removed while it is locked.
+    path = work.with_name(f"{work.name}.lock")
+    with disk_errors(path):
+        work.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another process works in {work}; wait for it, or choose another --work-dir") from error
+        try:
+            yield
+        finally:
+            # A lock file that stays is nobody's lock, and no reason to hide what went wrong inside.
+            with suppress(OSError):
+                path.unlink()
+    finally:
+        os.close(descriptor)
+
+
 def remove_work(work: Path) -> None:
     """Remove the directory of a run that is finished."""
     _empty(work, ())
@@ -104,8 +134,9 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int, t
     if calibration_tokens:
         widest = max((tensor.shape[1] for tensor in plan.quantized if tensor.kind == "body"), default=0)
         width = next(tensor.shape[1] for tensor in plan.tensors if tensor.kind == "embed")
-        # Two generations of hidden states, the stream and the inputs of a layer's last linear, one factor.
-        spill = calibration_tokens * (3 * 4 * width + 2 * widest) + 4 * widest**2
+        # Two generations of hidden states, the stream and the inputs of a layer's last linear, and the factors of one
+        # unit, of which a mixture of experts has many.
+        spill = calibration_tokens * (3 * 4 * width + 2 * widest) + _factor_bytes(plan)
         # The last generation stays while tuning has two of its own.
         spill = max(spill, 4 * width * (calibration_tokens + 2 * tuning_tokens))
     shards = sum(tensor.bytes for tensor in plan.quantized)
@@ -125,6 +156,14 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int, t
                 f"the disk of {path} has {free / 1e6:.0f} MB free and the run needs about {want / 1e6:.0f} MB; "
                 "free some space or write to another disk"
             )
+
+
+def _factor_bytes(plan: Plan) -> int:
+    """The most that the factors of one unit take together."""
+    units: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for tensor in plan.quantized:
+        units[tensor.unit][tensor.shared_input] = 4 * tensor.shape[1] ** 2
+    return max((sum(inputs.values()) for inputs in units.values()), default=0)
 
 
 def _existing(path: Path) -> Path:
