@@ -141,7 +141,7 @@ def _quantize(
     )
     if result.tuning_gain is not None:
         before, after = result.tuning_gain
-        stdout.print(f"Tuning took the divergence on held-out calibration text from {before:.4f} to {after:.4f} nats")
+        stdout.print(f"Tuning took the divergence on held-out calibration text from {before:.4g} to {after:.4g} nats")
     if result.unseen:
         stdout.print(
             f"{len(result.unseen)} tensors saw no calibration token and were rounded without error feedback, "

@@ -72,7 +72,7 @@ def plan_table(plan: Any) -> Table:
         total[2] += tensor.bytes
     lines = [
         [kind, stored, str(count), f"{weights / 1e6:.2f} M", human_bytes(size), f"{8 * size / weights:.3f}"]
-        for (kind, stored), (count, weights, size) in rows.items()
+        for (kind, stored), (count, weights, size) in sorted(rows.items())
     ]
     totals = plan.totals()
     lines.append(
@@ -119,9 +119,10 @@ class BarProgress:
 
     def tensor(self, record: dict[str, Any]) -> None:
         if self._lines:
+            tokens = f"  {record['tokens']:.0f} tokens" if "tokens" in record else ""
             self._bar.console.print(
                 f"{record['tensor']:<52} {record['format']:<8} {record['bits_per_weight']:.3f} bits"
-                f"  error {record['relative_error']:.4f}  {record['seconds']:.2f} s",
+                f"  error {record['relative_error']:.4f}{tokens}  {record['seconds']:.2f} s",
                 soft_wrap=True,
             )
 
