@@ -93,7 +93,7 @@ class Body:
     def _sequential_layer(self, index: int) -> None:
         stages = self._groups(index)
         for number, groups in enumerate(stages):
-            if number == len(stages) - 1 and self._adds_to_stream(index, groups):
+            if number == len(stages) - 1 and self._adds_to_stream(groups):
                 self._last_stage(index, groups[0])
                 return
             self._round(groups, partial(self._measure, index, groups))
@@ -103,12 +103,11 @@ class Body:
                 write(number, {"hidden": self.stream.run_layer(index, hidden)})
                 self.progress.advance()
 
-    def _adds_to_stream(self, index: int, groups: list[Group]) -> bool:
-        """Whether the last stage is one linear whose output is added to the stream and that is all."""
-        if len(groups) != 1 or len(groups[0]) != 1 or "experts" in groups[0][0].module:
-            return False
-        shared = self.stream.family.inputs[int(groups[0][0].shared_input.split(".")[1])]
-        return shared.writes_residual
+    def _adds_to_stream(self, groups: list[Group]) -> bool:
+        """Whether the stage is the family's last linear, and its output is added to the stream and that is all."""
+        inputs, place = self.stream.family.inputs, int(groups[0][0].shared_input.split(".")[1])
+        alone = len(groups) == 1 and len(groups[0]) == 1 and "*" not in inputs[place].linears[0]
+        return alone and place == len(inputs) - 1 and inputs[place].writes_residual
 
     def _independent_layer(self, index: int) -> None:
         """All inputs measured at once in the full layer, which is also what the next layers see."""

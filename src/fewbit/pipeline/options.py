@@ -28,7 +28,7 @@ CALIB_DTYPES = ("auto", "bfloat16", "float32")
 
 TUNED_WEIGHTS = 2_000_000_000  # models up to here are tuned unless asked otherwise
 TRIAL_TOKENS = 8192
-LEAST_STEPS, MOST_STEPS = 48, 320
+LEAST_STEPS, MOST_STEPS = 40, 320
 STEP_WEIGHTS = 2.2e10  # steps times weights that tuning takes by default: 160 steps for 135 M weights
 
 
