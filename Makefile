@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo lint test test-slow test-sanitize test-aarch64
-.PHONY: bench-encode bench-kernels bench-peers bench-quality tables clean
+.PHONY: bench-encode bench-kernels bench-peers bench-quality bench-big tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,8 +47,11 @@ bench-kernels: $(STAMP)  ## Measure the kernels beside the memory's speed
 bench-peers: $(STAMP)  ## The same, with llama.cpp's kernels beside them (fetched and built once)
 	@$(BIN)/python benchmarks/kernels.py --peers
 
-bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (an hour)
+bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (hours)
 	@$(BIN)/python benchmarks/quality.py
+
+bench-big: $(STAMP)  ## Measure memory and time on a synthetic 8B shape (an hour, 25 GB of disk)
+	@$(BIN)/python benchmarks/big.py
 
 tables: $(STAMP)  ## Write the tables of the docs from benchmarks/results
 	@$(BIN)/python benchmarks/tables.py
