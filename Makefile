@@ -50,7 +50,7 @@ bench-peers: $(STAMP)  ## The same, with llama.cpp's kernels beside them (fetche
 bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (hours)
 	@$(BIN)/python benchmarks/quality.py
 
-bench-big: $(STAMP)  ## Measure memory and time on a synthetic 8B shape (an hour, 25 GB of disk)
+bench-big: $(STAMP)  ## Measure memory and time on a synthetic 8B shape (long, and tens of GB of disk)
 	@$(BIN)/python benchmarks/big.py
 
 tables: $(STAMP)  ## Write the tables of the docs from benchmarks/results

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fewbit import cli
+from fewbit.console import parse_size
+from fewbit.errors import UsageError
 
 
 def run(capfd, *arguments: object) -> tuple[int, str, str]:
@@ -169,3 +171,15 @@ def test_words_the_command_line_does_not_know_exit_with_2(capfd):
     assert run(capfd, "quantise")[0] == 2
     assert run(capfd, "quantize", "only-one-argument")[0] == 2
     assert run(capfd, "eval", "x", "--windows", "3")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["0", "0MB", "-1GB", "800TB", "", "MB"])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match="such as 800MB"):
+        parse_size(text)
+
+
+def test_sizes_are_decimal():
+    assert parse_size("800MB") == 800_000_000
+    assert parse_size(" 1.2 gb") == 1_200_000_000
+    assert parse_size("512") == 512

@@ -372,7 +372,7 @@ def _options(
 
 def main() -> None:
     """Run a verb; every expected failure is one line on stderr and an exit code."""
-    # PyTorch's threads otherwise wait for each other by spinning, which doubles every time on a busy machine. It
+    # PyTorch's threads otherwise wait for each other by spinning, which costs much time on a busy machine. It
     # has to be said before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

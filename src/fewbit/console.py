@@ -42,7 +42,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?)[bB]?\s*", text)
     if match is None:
         raise UsageError(f"'{text}' is no size; give a number with B, kB, MB or GB, such as 800MB")
-    return int(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()])
+    size = int(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()])
+    if size < 1:
+        raise UsageError(f"'{text}' leaves room for nothing; give a size such as 800MB")
+    return size
 
 
 def human_seconds(seconds: float) -> str:

@@ -84,6 +84,8 @@ def test_a_target_that_no_choice_reaches_is_refused(tiny_models, calibration_tex
     options = QuantizeOptions(target_bytes=5000, **SMALL)
     with pytest.raises(UsageError, match="raise the target"):
         quantize(tiny_models["biased"], tmp_path / "out", options, [calibration_text])
+    # That is known before anything is measured.
+    assert not any(tmp_path.iterdir())
 
 
 def test_codes_of_one_width_cannot_be_allocated():

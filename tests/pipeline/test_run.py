@@ -248,3 +248,19 @@ def test_weights_that_are_not_rotated_load_and_verify(tiny_models, calibration_t
 def test_directories_on_the_way_to_the_output_are_made(tiny_models, tmp_path):
     quantize(tiny_models["tied"], tmp_path / "new" / "deep" / "out", QuantizeOptions(rounding="nearest"))
     assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("work", ["out", "out/work", "."])
+def test_a_work_directory_that_shares_its_place_with_the_output_is_refused(tiny_models, tmp_path, work):
+    nearest = QuantizeOptions(rounding="nearest")
+    root = tmp_path / "new"
+    with pytest.raises(UsageError, match="must not contain one another"):
+        quantize(tiny_models["tied"], root / "out", nearest, placement=Placement(work=root / work))
+    assert not root.exists()
+
+
+def test_an_unknown_executor_is_refused_before_any_work():
+    with pytest.raises(UsageError, match="unknown executor 'cloud'"):
+        Placement(executor="cloud")
+    with pytest.raises(UsageError, match="at least 1, not 0"):
+        Placement(workers=0)

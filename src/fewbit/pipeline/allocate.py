@@ -40,6 +40,16 @@ def code_error(code: str, bits: int) -> float:
     return quantize_rotated(weight_format, weight, weight_format.spec(*SAMPLE, bits)).relative_error
 
 
+def check_budget(sizes: list[dict[int, int]], budget: int) -> None:
+    """Raise `UsageError` where units of these sizes (bits to bytes) do not fit even with the fewest bits."""
+    least = sum(size[min(size)] for size in sizes)
+    if least > budget:
+        raise UsageError(
+            f"the smallest plan takes {least / 1e6:.1f} MB for what is to be rounded and the target leaves "
+            f"{budget / 1e6:.1f} MB; raise the target"
+        )
+
+
 def allocate(choices: list[Choice], budget: int, code: str) -> dict[str, int]:
     """Bits for every unit, of all those the units offer, within `budget` bytes in total.
 
@@ -47,13 +57,9 @@ def allocate(choices: list[Choice], budget: int, code: str) -> dict[str, int]:
     next, until none fits. As each further bit saves less than the one before, no other order saves more, up to
     the last step. Raises `UsageError` where even the fewest bits do not fit.
     """
+    check_budget([choice.bytes for choice in choices], budget)
     bits = {choice.unit: min(choice.bytes) for choice in choices}
     used = sum(choice.bytes[bits[choice.unit]] for choice in choices)
-    if used > budget:
-        raise UsageError(
-            f"the smallest plan takes {used / 1e6:.1f} MB for what is to be rounded and the target leaves "
-            f"{budget / 1e6:.1f} MB; raise the target"
-        )
     queue: list[tuple[float, int, int]] = []
 
     def offer(index: int) -> None:

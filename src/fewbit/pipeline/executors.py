@@ -121,13 +121,18 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def make_executor(name: str, workers: int | None = None) -> Executor:
-    """The executor of that name; `workers` defaults to the processors of this machine."""
+def check_executor(name: str, workers: int | None) -> None:
+    """Raise `UsageError` for an executor that there is not, before any work is done for it."""
     if name not in EXECUTORS:
         raise UsageError(f"unknown executor '{name}': choose one of {', '.join(EXECUTORS)}")
-    workers = (os.cpu_count() or 1) if workers is None else workers
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
+
+
+def make_executor(name: str, workers: int | None = None) -> Executor:
+    """The executor of that name; `workers` defaults to the processors of this machine."""
+    check_executor(name, workers)
+    workers = workers or os.cpu_count() or 1
     if name == "serial":
         return SerialExecutor()
     return ProcessExecutor(workers) if name == "process" else RayExecutor(workers)

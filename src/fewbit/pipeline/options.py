@@ -6,6 +6,7 @@ was started with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -66,9 +67,10 @@ class QuantizeOptions:
     tune: bool | None = None
     tune_steps: int = 0
     tune_rate: float = 1e-3
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.bits):
+            raise UsageError(f"{self.bits} is no number of bits; give 2, 3 or 4, or a mean such as 3.25")
         # The plan's identity must not tell 3 from 3.0.
         object.__setattr__(self, "bits", int(self.bits) if self.bits == int(self.bits) else float(self.bits))
         if self.code not in CODES:
@@ -84,6 +86,8 @@ class QuantizeOptions:
         if self.tune_steps < 0 or not 0 < self.tune_rate < 1:
             raise UsageError("tuning takes a positive number of steps and a rate between 0 and 1")
         allowed = self.offered_bits
+        if self.target_bytes and self.bits != int(self.bits):
+            raise UsageError("a mean number of bits and a target size are two budgets; give one of them")
         if self.allocates and len(allowed) < 2:
             raise UsageError(f"code {self.code} stores {allowed[0]} bits only; bits are chosen for --code trellis")
         if self.allocates and self.rounding == "nearest":

@@ -18,8 +18,8 @@ import torch
 from fewbit.checkpoint.source import Source, open_source
 from fewbit.checkpoint.store import disk_errors
 from fewbit.errors import UsageError
-from fewbit.pipeline.allocate import Choice, allocate
-from fewbit.pipeline.executors import make_executor
+from fewbit.pipeline.allocate import Choice, allocate, check_budget
+from fewbit.pipeline.executors import check_executor, make_executor
 from fewbit.pipeline.finish import finish
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan, make_plan
@@ -30,6 +30,7 @@ from fewbit.pipeline.shards import ShardMaker
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
 from fewbit.pipeline.tune import Tuner, tuning_result, tuning_windows
 from fewbit.pipeline.workdir import (
+    check_apart,
     check_output,
     check_space,
     default_work,
@@ -75,6 +76,9 @@ class Placement:
     executor: str = "serial"
     workers: int | None = None
     fresh: bool = False
+
+    def __post_init__(self) -> None:
+        check_executor(self.executor, self.workers)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,20 @@ def choose_bits(
     trial = options.trial()
     windows = windows[: max(1, trial.calib_tokens // trial.calib_window)]
     plan = make_plan(source, trial, tokens_hash(windows))
+    plans = {bits: make_plan(source, options.trial(bits), "") for bits in options.offered_bits}
+    sizes: dict[str, dict[int, int]] = {}
+    for bits, candidate in plans.items():
+        for tensor in candidate.quantized:
+            of_unit = sizes.setdefault(tensor.unit, {})
+            of_unit[bits] = of_unit.get(bits, 0) + tensor.bytes
+    free = [unit for unit in sizes if options.head == "auto" or unit not in ("head", "embed")]
+    chosen = {tensor.name for tensor in plan.quantized if tensor.unit in free}
+    if options.target_bytes:
+        budget = options.target_bytes - sum(tensor.bytes for tensor in plan.tensors if tensor.name not in chosen)
+    else:
+        budget = int(options.bits * sum(tensor.weights for tensor in plan.tensors if tensor.name in chosen) / 8)
+    # What cannot fit is refused before minutes are spent on measuring.
+    check_budget([sizes[unit] for unit in free], budget)
     earlier = earlier_plan(work)
     open_work(work, plan, {}, placement.fresh or (earlier is not None and earlier.identity != plan.identity))
     executor = make_executor(placement.executor, placement.workers)
@@ -152,19 +170,7 @@ def choose_bits(
             found = Sensitivities(source, plan, windows, work, logged).measure()
     finally:
         executor.close()
-    plans = {bits: make_plan(source, options.trial(bits), "") for bits in options.offered_bits}
-    sizes: dict[str, dict[int, int]] = {}
-    for bits, candidate in plans.items():
-        for tensor in candidate.quantized:
-            of_unit = sizes.setdefault(tensor.unit, {})
-            of_unit[bits] = of_unit.get(bits, 0) + tensor.bytes
-    free = [unit for unit in sizes if options.head == "auto" or unit not in ("head", "embed")]
     choices = [Choice(unit, sizes[unit], found[unit], trial.whole_bits) for unit in free]
-    chosen = {tensor.name for tensor in plan.quantized if tensor.unit in free}
-    if options.target_bytes:
-        budget = options.target_bytes - sum(tensor.bytes for tensor in plan.tensors if tensor.name not in chosen)
-    else:
-        budget = int(options.bits * sum(tensor.weights for tensor in plan.tensors if tensor.name in chosen) / 8)
     return allocate(choices, budget, options.format_name)
 
 
@@ -186,6 +192,7 @@ def quantize(
     output = Path(output)
     check_output(output, placement.fresh)
     work = placement.work.resolve() if placement.work else default_work(output)
+    check_apart(work, output)
     with locked(work):
         return _quantize(model, output, options, calibration, placement, work, progress)
 

@@ -65,6 +65,8 @@ class ShardMaker:
             missing = [tensor for tensor in fed_back if read_shard(self.work, self.plan, tensor) is None]
             factor = self._head_factor(self._body, missing[0]) if missing else ""
             self._round_all("rounding the output head", fed_back, factor)
+            if factor:
+                (self.work / factor).unlink()
             tables = [tensor for tensor in tables if tensor not in fed_back]
         if tables:
             self._round_all("rounding the embeddings", tables, "")

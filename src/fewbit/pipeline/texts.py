@@ -82,7 +82,8 @@ def _shares(weights: list[float], available: list[int], wanted: int) -> list[int
 def _windows(tokenizer: Any, path: Path, count: int, window: int) -> torch.Tensor:
     """At most `count` windows int64 `[n, window]` from the start of a file."""
     if not path.is_file():
-        raise UsageError(f"calibration file {path} does not exist; give a UTF-8 text file")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise UsageError(f"calibration file {path} {problem}; give a UTF-8 text file")
     limit = MAX_CHARACTERS_PER_TOKEN * count * window
     try:
         with path.open(encoding="utf-8") as file:

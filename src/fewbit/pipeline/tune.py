@@ -154,7 +154,8 @@ class Tuner:
             return
         self._full_states()
         self._load()
-        report = self._learn()
+        with bfloat16_products(self.dtype):
+            report = self._learn()
         self._store()
         write_json(self.work / REPORT, report)
         self.full.discard(len(self.stream) + 1)
@@ -258,20 +259,19 @@ class Tuner:
         steps = int(self.plan.options["tune_steps"])
         self.progress.stage("tuning", steps)
         self.progress.advance(state.step)
-        with bfloat16_products(self.dtype):
-            if not state.history:
+        if not state.history:
+            state.look(self._held_loss(held))
+            self.progress.note(f"tuned layer by layer: divergence {state.history[-1]['held']:.5f}")
+        while state.step < steps and not state.stale:
+            generator = torch.Generator().manual_seed(state.step // held.start)
+            order = torch.randperm(held.start, generator=generator)
+            loss = self._loss(int(order[state.step % held.start]))
+            loss.backward()
+            state.descend(float(loss.detach()), _rate(state.step, steps))
+            self.progress.advance()
+            if state.step % CHECK_EVERY == 0 or state.step == steps:
                 state.look(self._held_loss(held))
-                self.progress.note(f"tuned layer by layer: divergence {state.history[-1]['held']:.5f}")
-            while state.step < steps and not state.stale:
-                generator = torch.Generator().manual_seed(state.step // held.start)
-                order = torch.randperm(held.start, generator=generator)
-                loss = self._loss(int(order[state.step % held.start]))
-                loss.backward()
-                state.descend(float(loss.detach()), _rate(state.step, steps))
-                self.progress.advance()
-                if state.step % CHECK_EVERY == 0 or state.step == steps:
-                    state.look(self._held_loss(held))
-                    self.progress.note(f"tuning, step {state.step}: divergence {state.history[-1]['held']:.5f}")
+                self.progress.note(f"tuning, step {state.step}: divergence {state.history[-1]['held']:.5f}")
         state.take_best()
         tokens = WINDOWS_PER_STEP * self.windows.shape[1]
         return {

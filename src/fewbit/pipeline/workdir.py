@@ -32,6 +32,16 @@ def check_output(output: Path, fresh: bool) -> None:
         raise UsageError(f"{output} is not a fewbit checkpoint, so --fresh does not replace it; choose another output")
 
 
+def check_apart(work: Path, output: Path) -> None:
+    """Refuse a work directory that holds the output or lies in it: it is removed at the end with all that is in it."""
+    output = output.resolve()
+    if work == output or work in output.parents or output in work.parents:
+        raise UsageError(
+            f"the work directory {work} and the output {output} must not contain one another: the work directory is "
+            "removed at the end; choose another --work-dir"
+        )
+
+
 def default_work(output: Path) -> Path:
     """Beside the output, so that the finished directory is one rename away."""
     return output.resolve().with_name(f".{output.resolve().name}.work")
