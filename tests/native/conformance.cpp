@@ -135,10 +135,11 @@ bool rotate_quantize(const Case& given) {
     job.cols = cols;
     job.block = given.small("block");
     job.group = static_cast<int>(group);
-    job.qmax = given.small("bits") == 8 ? 127.0f : 7.0f;
+    job.bits = given.small("bits");
     job.prologue = prologue_of(given);
     job.weight = given.array<float>("weight");
     job.up = given.array<uint8_t>("up");
+    job.shift = given.array<float>("shift");
     if (job.prologue == Prologue::rms_norm) job.eps = given.value<float>("eps");
     for (int64_t token = 0; token < tokens; ++token) kernels.rotate_quantize(job, token);
     return given.same("q", q) && given.same("scale", scale) && given.same("sums", sums);

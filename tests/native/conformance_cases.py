@@ -77,8 +77,11 @@ def rotate_quantize() -> Iterator[Case]:
         x, up = _inputs(9, 576, generator).to(dtype), torch.randn(9, 576, generator=generator).to(dtype)
         weight = torch.randn(576, generator=generator)
         found = reference.rms_norm_rotate_quantize(x, weight, 1e-5, None, 64, 192)
-        norm = {"weight": weight, "eps": torch.tensor([1e-5])}
+        norm: Fields = {"weight": weight, "eps": torch.tensor([1e-5])}
         yield _quantized("after a norm", x, 64, 192, 8, found, norm)
+        shift = torch.randn(576, generator=generator)
+        found = reference.rms_norm_rotate_quantize(x, weight, 1e-5, None, 64, 192, 4, shift)
+        yield _quantized("shifted after a norm", x, 64, 192, 4, found, {**norm, "shift": shift})
         for activation in ("silu", "gelu_tanh"):
             found = reference.gated_rotate_quantize(x, up, activation, None, 64, 192)
             gate = {"up": up, "gelu": int(activation == "gelu_tanh")}

@@ -59,7 +59,7 @@ def rotate_quantize(tokens, cols, block, group):
     weight = random.standard_normal(cols, np.float32)
     for given in (x, (x.view(np.uint32) >> 16).astype(np.uint16)):
         found = (empty(tokens, cols, dtype=np.int8), empty(tokens, groups), empty(tokens, groups, dtype=np.int32))
-        call(native.rotate_quantize, given, signs, block, group, 8, *found, results=(5, 6, 7))
+        call(native.rotate_quantize, given, signs, block, group, 8, *found, weight, results=(5, 6, 7))
         call(native.rms_norm_rotate_quantize, given, weight, 1e-5, signs, block, group, 4, *found, results=(7, 8, 9))
         call(native.gated_rotate_quantize, given, given, "silu", signs, block, group, 8, *found, results=(7, 8, 9))
 

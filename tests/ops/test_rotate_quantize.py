@@ -52,6 +52,7 @@ for cols, block, group, batches in CASES:
             x, up, w = first.to(dtype), second.to(dtype), weight.to(dtype)
             for found in (ops.rotate_quantize(x, signs, block, group, bits),
                           ops.rms_norm_rotate_quantize(x, w, 1e-6, signs, block, group, bits),
+                          ops.rms_norm_rotate_quantize(x, w, 1e-6, signs, block, group, bits, weight),
                           ops.gated_rotate_quantize(x, up, "silu", signs, block, group, bits),
                           ops.gated_rotate_quantize(x, up, "gelu_tanh", signs, block, group, bits)):
                 for tensor in found:
@@ -154,16 +155,39 @@ def test_fused_prologues_agree_with_torchs_own_up_to_steps_at_ties(bits, dtype):
 
 
 @pytest.mark.parametrize(("block", "group"), GEOMETRIES)
-@pytest.mark.parametrize(("bits", "most"), [(8, 127), (4, 7)])
-def test_every_geometry_and_width_restores_the_rotated_inputs_within_half_a_step(block, group, bits, most):
+@pytest.mark.parametrize(("bits", "least", "most"), [(8, -127, 127), (4, -8, 7)])
+def test_every_geometry_and_width_restores_the_rotated_inputs_within_half_a_step(block, group, bits, least, most):
     cols, signs = 768, random_signs(768, 1)
     x = _inputs(5, cols) * 3
     q, scale, sums = ops.rotate_quantize(x, _signs(cols, block), block, group, bits)
     rotated = rotate(x, signs, block) if block > 1 else x
     q, rotated = q.view(5, -1, group), rotated.view(5, -1, group)
-    assert ((q * scale[..., None] - rotated).abs() <= scale[..., None] * 0.5001).all()
-    assert q.abs().amax(2).eq(most).all()
+    # With four bits, what lies beyond the last level on the side opposite to the largest magnitude is cut off.
+    bound = rotated / scale[..., None]
+    assert ((q - bound.clamp(max=most)).abs() <= 0.5001).all()
+    assert (bound <= -least + 0.001).all()
+    assert q.abs().amax(2).eq(-least).all()
+    assert (q <= most).all()
     assert torch.equal(sums, q.sum(2, dtype=torch.int32))
+
+
+def test_four_bits_turn_the_largest_magnitude_into_the_level_that_has_no_opposite():
+    x = torch.zeros(3, 32)
+    x[0, 3], x[0, 4] = 4.0, -3.9
+    x[1, 3], x[1, 4] = 3.9, -4.0
+    x[2, 3], x[2, 4] = 4.0, -4.0
+    q, scale, _ = ops.rotate_quantize(x, None, 1, 32, 4)
+    assert scale.view(-1).tolist() == [-0.5, 0.5, 0.5]
+    assert q[:, 3:5].tolist() == [[-8, 7], [7, -8], [7, -8]]
+
+
+def test_a_shift_is_subtracted_after_the_prologue_and_before_the_rotation():
+    x, weight, shift, signs = _inputs(3, 256), torch.rand(256) + 0.5, _inputs(1, 256)[0], _signs(256, 256)
+    expected = ops.rotate_quantize(x - shift, signs, 256, 256)
+    assert _same(ops.rotate_quantize(x, signs, 256, 256, shift=shift), expected)
+    normed = reference.rms_norm(x, weight, 1e-6)
+    expected = ops.rotate_quantize(normed - shift, signs, 256, 256)
+    assert _same(ops.rms_norm_rotate_quantize(x, weight, 1e-6, signs, 256, 256, shift=shift), expected)
 
 
 def test_callers_that_name_no_width_get_eight_bits():
@@ -265,6 +289,8 @@ ROTATION_FAULTS = [
     ({"block": 1}, "signs must be None for block 1"),
     ({"signs": torch.zeros(31, dtype=torch.uint8)}, r"signs must be torch.uint8 \[32\]"),
     ({"signs": torch.zeros(32)}, "signs must be torch.uint8"),
+    ({"shift": torch.zeros(255)}, r"shift must be float \[256\], not torch.float32 \[255\]"),
+    ({"shift": torch.zeros(256).int()}, r"shift must be float \[256\], not torch.int32"),
 ]
 FAULTS = {
     "rotate_quantize": [
@@ -322,6 +348,7 @@ def test_malformed_arguments_raise_value_errors_that_name_them(name, change, mes
         ({"q": torch.zeros(2, 255, dtype=torch.int8)}, r"q must be \[2, 256\]"),
         ({"scale": torch.zeros(2, 1)}, r"scale must be \[2, 2\]"),
         ({"sums": torch.zeros(1, 2, dtype=torch.int32)}, r"sums must be \[2, 2\]"),
+        ({"shift": torch.zeros(255)}, "shift must have 256 entries"),
         ({"up": X[:1]}, "up must have the shape and the type of gate"),
         ({"activation": "relu"}, "silu or gelu_tanh, not 'relu'"),
         ({"gate": X.double()}, "gate must be float32 or 16 bits"),

@@ -50,8 +50,9 @@ def test_every_instruction_set_gives_the_reference_bit_for_bit(isa, rows, cols, 
         for tokens in (0, 1, 3, 9, 40):
             for dtype in (torch.float32, torch.bfloat16):
                 x = _random(tokens, tokens, cols).to(dtype)
-                expected = reference.twin_linear(x, **layer, act_bits=act_bits)
-                assert torch.equal(ops.twin_linear(x, **layer, act_bits=act_bits), expected)
+                for shift in (None, _random(6, cols).to(dtype)):
+                    expected = reference.twin_linear(x, **layer, act_bits=act_bits, shift=shift)
+                    assert torch.equal(ops.twin_linear(x, **layer, act_bits=act_bits, shift=shift), expected)
     finally:
         native.select_isa(before)
 
@@ -104,6 +105,7 @@ def test_the_operator_passes_opcheck_and_compiles(tokens):
         ({"down_scales": torch.ones(63, 3).half()}, "the rank 63 is not a multiple of the scale group 64"),
         ({"bias": torch.zeros(21)}, r"bias must be float \[20\]"),
         ({"x": torch.zeros(2, 128)}, "128 inputs in 3 scale groups"),
+        ({"shift": torch.zeros(191)}, r"shift must be float \[192\]"),
     ],
 )
 def test_malformed_layers_raise_value_errors_that_name_them(change, message):

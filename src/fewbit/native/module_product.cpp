@@ -224,6 +224,8 @@ void packed_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>&
     multiply({job});
 }
 
+using Shift = std::optional<Array<const float, 1>>;
+
 // Inputs quantized within a call.
 struct Quantized {
     std::unique_ptr<int8_t[]> q;
@@ -242,14 +244,11 @@ void set_inputs(ProductJob& job, const Quantized& inputs) {
     job.sums = inputs.sums.get();
 }
 
-float largest_of(int act_bits) {
-    require(act_bits == 8 || act_bits == 4, "activations have 8 or 4 bits, not " + std::to_string(act_bits));
-    return act_bits == 8 ? 127.0f : 7.0f;
-}
-
 // The rotation of inputs x, to be quantized in groups of `group`.
-RotateJob rotation_of(const Floats& x, const std::optional<Signs>& signs, int block, int group, int act_bits) {
+RotateJob rotation_of(const Floats& x, const std::optional<Signs>& signs, int block, int group, int act_bits,
+                      const Shift& shift) {
     require_rotation(static_cast<int64_t>(x.shape(1)), signs, block, group);
+    require(act_bits == 8 || act_bits == 4, "activations have 8 or 4 bits, not " + std::to_string(act_bits));
     RotateJob job{};
     job.x = x.data();
     job.bf16 = is_bf16("x", x);
@@ -257,7 +256,9 @@ RotateJob rotation_of(const Floats& x, const std::optional<Signs>& signs, int bl
     job.cols = static_cast<int64_t>(x.shape(1));
     job.block = block;
     job.group = group;
-    job.qmax = largest_of(act_bits);
+    job.bits = act_bits;
+    if (shift) require_length("shift", *shift, job.cols);
+    job.shift = shift ? shift->data() : nullptr;
     return job;
 }
 
@@ -270,12 +271,12 @@ void quantize(RotateJob job, int64_t tokens, const Quantized& to) {
 
 // Both steps in one call, for every matrix that reads the same inputs.
 void linear(const Floats& x, const std::optional<Signs>& signs, int block, int act_bits,
-            const std::vector<const Matrix*>& matrices, const std::vector<Floats>& outs) {
+            const std::vector<const Matrix*>& matrices, const std::vector<Floats>& outs, const Shift& shift) {
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
     require(!matrices.empty() && matrices.size() == outs.size(), "every matrix needs its output");
     require(matrices[0] != nullptr, "a matrix is missing");
     const int group = matrices[0]->group();
-    const RotateJob rotation = rotation_of(x, signs, block, group, act_bits);
+    const RotateJob rotation = rotation_of(x, signs, block, group, act_bits, shift);
     std::vector<ProductJob> jobs;
     for (size_t i = 0; i < matrices.size(); ++i) {
         require(matrices[i] != nullptr, "a matrix is missing");
@@ -302,13 +303,13 @@ void join(const T* a, int64_t first, const T* b, int64_t second, int64_t tokens,
 // A twin layer: the inputs are quantized once, the low-rank part's product is quantized where it lies in cache and
 // becomes further inputs of one product with both components side by side.
 void twin_linear(const Floats& x, const std::optional<Signs>& signs, int block, int act_bits, const Matrix& down,
-                 const Matrix& both, const Floats& out) {
+                 const Matrix& both, const Floats& out, const Shift& shift) {
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
     const int64_t rank = down.rows(), all = both.cols();
     const int group = down.group();
     require(down.cols() == cols && all == cols + rank && both.group() == group && rank % group == 0,
             "a twin layer has matrices [r, K] and [N, K + r] with the same scale groups, which divide r");
-    const RotateJob rotation = rotation_of(x, signs, block, group, act_bits);
+    const RotateJob rotation = rotation_of(x, signs, block, group, act_bits, shift);
     ProductJob second = both.job(out, tokens);
     nb::gil_scoped_release release;
     const Quantized inputs(tokens, cols, cols / group), middle(tokens, rank, rank / group);
@@ -323,7 +324,7 @@ void twin_linear(const Floats& x, const std::optional<Signs>& signs, int block, 
     plain.cols = rank;
     plain.block = 1;
     plain.group = group;
-    plain.qmax = rotation.qmax;
+    plain.bits = act_bits;
     quantize(plain, tokens, middle);
     join(inputs.q.get(), cols, middle.q.get(), rank, tokens, joined.q.get());
     join(inputs.scale.get(), cols / group, middle.scale.get(), rank / group, tokens, joined.scale.get());
@@ -344,9 +345,10 @@ void bind_product(nb::module_& m) {
           "out"_a.noconvert(),
           "Fill out float32 or bfloat16 bits [T, N] with the product of quantized inputs and a packed matrix.");
     m.def("linear", &linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "act_bits"_a, "matrices"_a,
-          "outs"_a, "rotate_quantize of x float32 or bfloat16 bits [T, K], then packed_linear with every matrix.");
+          "outs"_a, "shift"_a.noconvert() = nb::none(),
+          "rotate_quantize of x float32 or bfloat16 bits [T, K], then packed_linear with every matrix.");
     m.def("twin_linear", &twin_linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "act_bits"_a,
-          "down"_a, "both"_a, "out"_a.noconvert(),
+          "down"_a, "both"_a, "out"_a.noconvert(), "shift"_a.noconvert() = nb::none(),
           "rotate_quantize of x, its product h with `down` quantized, then the product of [x, h] with `both`.");
 }
 

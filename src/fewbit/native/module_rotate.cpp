@@ -33,10 +33,11 @@ namespace {
 using Quantized = Array<int8_t, 2>;
 using Scales = Array<float, 2>;
 using Sums = Array<int32_t, 2>;
+using Shift = std::optional<Array<const float, 1>>;
 
 // A job without a prologue, checked.
 RotateJob job_of(const char* name, const Floats& x, const std::optional<Signs>& signs, int block, int group, int bits,
-                 const Quantized& q, const Scales& scale, const Sums& sums) {
+                 const Quantized& q, const Scales& scale, const Sums& sums, const Shift& shift) {
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
     RotateJob job{};
     job.x = x.data();
@@ -53,21 +54,23 @@ RotateJob job_of(const char* name, const Floats& x, const std::optional<Signs>& 
     job.cols = cols;
     job.block = block;
     job.group = group;
-    job.qmax = bits == 8 ? 127.0f : 7.0f;
+    job.bits = bits;
+    if (shift) require_length("shift", *shift, cols);
+    job.shift = shift ? shift->data() : nullptr;
     return job;
 }
 
 void rotate_quantize(const Floats& x, const std::optional<Signs>& signs, int block, int group, int bits,
-                     const Quantized& q, const Scales& scale, const Sums& sums) {
-    const RotateJob job = job_of("x", x, signs, block, group, bits, q, scale, sums);
+                     const Quantized& q, const Scales& scale, const Sums& sums, const Shift& shift) {
+    const RotateJob job = job_of("x", x, signs, block, group, bits, q, scale, sums, shift);
     nb::gil_scoped_release release;
     rotate(job, static_cast<int64_t>(x.shape(0)));
 }
 
 void rms_norm_rotate_quantize(const Floats& x, const Array<const float, 1>& weight, float eps,
                               const std::optional<Signs>& signs, int block, int group, int bits, const Quantized& q,
-                              const Scales& scale, const Sums& sums) {
-    RotateJob job = job_of("x", x, signs, block, group, bits, q, scale, sums);
+                              const Scales& scale, const Sums& sums, const Shift& shift) {
+    RotateJob job = job_of("x", x, signs, block, group, bits, q, scale, sums, shift);
     require_length("weight", weight, job.cols);
     job.prologue = Prologue::rms_norm;
     job.weight = weight.data();
@@ -78,8 +81,8 @@ void rms_norm_rotate_quantize(const Floats& x, const Array<const float, 1>& weig
 
 void gated_rotate_quantize(const Floats& gate, const Floats& up, const std::string& activation,
                            const std::optional<Signs>& signs, int block, int group, int bits, const Quantized& q,
-                           const Scales& scale, const Sums& sums) {
-    RotateJob job = job_of("gate", gate, signs, block, group, bits, q, scale, sums);
+                           const Scales& scale, const Sums& sums, const Shift& shift) {
+    RotateJob job = job_of("gate", gate, signs, block, group, bits, q, scale, sums, shift);
     require(is_bf16("up", up) == job.bf16 && up.shape(0) == gate.shape(0) && up.shape(1) == gate.shape(1),
             "up must have the shape and the type of gate");
     require(activation == "silu" || activation == "gelu_tanh",
@@ -95,13 +98,17 @@ void gated_rotate_quantize(const Floats& gate, const Floats& up, const std::stri
 void bind_rotate(nb::module_& m) {
     m.def("rotate_quantize", &rotate_quantize, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "group"_a,
           "bits"_a, "q"_a.noconvert(), "scale"_a.noconvert(), "sums"_a.noconvert(),
-          "Rotate x float32 or bfloat16 bits [T, K] and quantize it to q int8 [T, K], scale and sums [T, K / group].");
+          "shift"_a.noconvert() = nb::none(),
+          "Rotate x float32 or bfloat16 bits [T, K], less shift float32 [K], and quantize it to q int8 [T, K], scale and "
+          "sums [T, K / group].");
     m.def("rms_norm_rotate_quantize", &rms_norm_rotate_quantize, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,
           "signs"_a.noconvert().none(), "block"_a, "group"_a, "bits"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
-          "sums"_a.noconvert(), "rotate_quantize of x / sqrt(mean(x^2) + eps) * weight, weight float32 [K].");
+          "sums"_a.noconvert(), "shift"_a.noconvert() = nb::none(),
+          "rotate_quantize of x / sqrt(mean(x^2) + eps) * weight, weight float32 [K].");
     m.def("gated_rotate_quantize", &gated_rotate_quantize, "gate"_a.noconvert(), "up"_a.noconvert(), "activation"_a,
           "signs"_a.noconvert().none(), "block"_a, "group"_a, "bits"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
-          "sums"_a.noconvert(), "rotate_quantize of activation(gate) * up, the activation silu or gelu_tanh.");
+          "sums"_a.noconvert(), "shift"_a.noconvert() = nb::none(),
+          "rotate_quantize of activation(gate) * up, the activation silu or gelu_tanh.");
 }
 
 }  // namespace fewbit

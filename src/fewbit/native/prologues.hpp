@@ -57,7 +57,7 @@ inline float inverse_root_mean_square(const T* x, int64_t cols, float eps) {
     return 1.0f / __builtin_sqrtf(lane[0] / static_cast<float>(cols) + eps);
 }
 
-// Columns [col, col + count) of a token whose values begin at `offset`, through prologue and signs into y. The next
+// Columns [col, col + count) of a token whose values begin at `offset`, through prologue, shift and signs into y. The next
 // token's are fetched meanwhile: it is worth a fifth of the time where they are not in a near cache.
 template <class V, class T, Prologue P>
 inline void prepare(const RotateJob& job, int64_t offset, int64_t col, int count, float factor, float* y) {
@@ -71,6 +71,7 @@ inline void prepare(const RotateJob& job, int64_t offset, int64_t col, int count
         if constexpr (P == Prologue::rms_norm)
             v = V::mul(V::mul(v, V::broadcast(factor)), V::load(job.weight + col + i));
         if constexpr (gated) v = V::mul(activation<V, P>(v), V::load(up + i));
+        if (job.shift) v = V::sub(v, V::load(job.shift + col + i));
         if (job.signs) v = V::flip(v, job.signs + (col + i) / 8);
         V::store(y + i, v);
     }

@@ -30,7 +30,8 @@ struct RotateJob {
     int64_t cols;                                             // a multiple of the larger of block and group
     int block;                                                // 32, 64, 128 or 256; 1: no rotation
     int group;                                                // 32, 64, ... kMaxGroup; block divides it or it block
-    float qmax = 127;                                         // 7 for 4 bits
+    int bits = 8;                                             // of q, or 4
+    const float* shift = nullptr;                             // [cols], subtracted before the signs; null: nothing
     Prologue prologue = Prologue::none;
     const float* weight = nullptr;                            // [cols], of the norm
     float eps = 0;                                            // of the norm

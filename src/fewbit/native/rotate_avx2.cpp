@@ -60,17 +60,17 @@ struct Rotation {
         return most;
     }
 
-    static __m256i nearest(const float* y, __m256 inverse) {
-        return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(y), inverse));
+    static __m256i nearest(const float* y, __m256 inverse, __m256 most) {
+        return _mm256_cvtps_epi32(_mm256_min_ps(most, _mm256_mul_ps(_mm256_load_ps(y), inverse)));
     }
 
-    static int32_t quantize(const float* y, int count, float inverse, int8_t* q) {
-        const __m256 factor = _mm256_set1_ps(inverse);
+    static int32_t quantize(const float* y, int count, float inverse, float most, int8_t* q) {
+        const __m256 factor = _mm256_set1_ps(inverse), bound = _mm256_set1_ps(most);
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         __m256i sum = _mm256_setzero_si256();
         for (int i = 0; i < count; i += 32) {
-            const __m256i a = nearest(y + i, factor), b = nearest(y + i + 8, factor);
-            const __m256i c = nearest(y + i + 16, factor), d = nearest(y + i + 24, factor);
+            const __m256i a = nearest(y + i, factor, bound), b = nearest(y + i + 8, factor, bound);
+            const __m256i c = nearest(y + i + 16, factor, bound), d = nearest(y + i + 24, factor, bound);
             sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
             const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_permutevar8x32_epi32(bytes, order));

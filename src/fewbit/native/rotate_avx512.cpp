@@ -56,10 +56,11 @@ struct Rotation {
     static Bits larger(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
     static uint32_t largest_of(Bits bits) { return _mm512_reduce_max_epu32(bits); }
 
-    static int32_t quantize(const float* y, int count, float inverse, int8_t* q) {
+    static int32_t quantize(const float* y, int count, float inverse, float most, int8_t* q) {
         __m512i sum = _mm512_setzero_si512();
         for (int i = 0; i < count; i += lanes) {
-            const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(y + i), _mm512_set1_ps(inverse)));
+            const Floats scaled = mul(_mm512_load_ps(y + i), _mm512_set1_ps(inverse));
+            const __m512i value = _mm512_cvtps_epi32(at_most(scaled, _mm512_set1_ps(most)));
             sum = _mm512_add_epi32(sum, value);
             _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(value));
         }

@@ -113,12 +113,13 @@ struct Rotation {
         return most;
     }
 
-    static int32_t quantize(const float* y, int count, float inverse, int8_t* q) {
+    static int32_t quantize(const float* y, int count, float inverse, float most, int8_t* q) {
         // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
         constexpr float shift = 12582912.0f;
         int32_t sum = 0;
         for (int i = 0; i < count; ++i) {
-            const int32_t value = static_cast<int32_t>((y[i] * inverse + shift) - shift);
+            const float scaled = y[i] * inverse;
+            const int32_t value = static_cast<int32_t>(((scaled > most ? most : scaled) + shift) - shift);
             q[i] = static_cast<int8_t>(value);
             sum += value;
         }

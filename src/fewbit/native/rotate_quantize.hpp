@@ -2,8 +2,9 @@
 // Include inside an anonymous namespace only: every unit compiles its own copy with its own flags.
 //
 // The order is that of the torch reference: sums and differences at distance 1, 2, 4, ..., one product with
-// 1 / sqrt(block), then q = nearest(y * (qmax / largest)). Magnitudes are compared as the integers that their
-// bits are, so a NaN is the largest of all and never gets lost.
+// 1 / sqrt(block), then q = nearest(y * (m / largest)): m is 127, and with 4 bits 8 or -8, so that the value of the
+// largest magnitude becomes -8. Magnitudes are compared as the integers that their bits are, so a NaN is the largest
+// of all and never gets lost.
 //
 // A unit provides V: floats in vectors of `lanes`, of which `held` stay in registers while they are rotated.
 
@@ -54,11 +55,20 @@ inline void rotate_blocks(float* y, int count, int block) {
     }
 }
 
+// The bits of the largest magnitude of `count` values, of all or of those below zero.
+template <class V, bool Negative>
+inline uint32_t largest_bits(const float* y, int count) {
+    auto magnitudes = V::nothing();
+    for (int i = 0; i < count; i += V::lanes) {
+        const auto v = V::load(y + i);
+        magnitudes = V::larger(magnitudes, V::magnitude(Negative ? V::at_most(v, V::broadcast(0.0f)) : v));
+    }
+    return V::largest_of(magnitudes);
+}
+
 template <class V>
 inline void quantize_group(const RotateJob& job, const float* y, int8_t* q, float* scale, int32_t* sum) {
-    auto magnitudes = V::nothing();
-    for (int i = 0; i < job.group; i += V::lanes) magnitudes = V::larger(magnitudes, V::magnitude(V::load(y + i)));
-    const uint32_t bits = V::largest_of(magnitudes);
+    const uint32_t bits = largest_bits<V, false>(y, job.group);
     float largest;
     __builtin_memcpy(&largest, &bits, 4);
     if (bits >= kInfinityBits || largest < kSmallest) {
@@ -67,8 +77,13 @@ inline void quantize_group(const RotateJob& job, const float* y, int8_t* q, floa
         __builtin_memset(q, 0, static_cast<size_t>(job.group));
         return;
     }
-    *scale = largest / job.qmax;
-    *sum = V::quantize(y, job.group, job.qmax / largest, q);
+    float whole = 127.0f, most = 127.0f;
+    if (job.bits == 4) {
+        whole = largest_bits<V, true>(y, job.group) == bits ? 8.0f : -8.0f;
+        most = 7.0f;
+    }
+    *scale = largest / whole;
+    *sum = V::quantize(y, job.group, whole / largest, most, q);
 }
 
 template <class V, class T, Prologue P>

@@ -18,16 +18,21 @@ NATIVE_FLOATS = (torch.float32, torch.bfloat16)
 
 
 def rotate_quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int, bits: int = 8
+    x: torch.Tensor,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.rotate_quantize`; `ValueError` for arguments that do not fit."""
     schemas.require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
-    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
+    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group, bits, shift)
     native = load_native()
     if native is None:
-        return reference.rotate_quantize(x, signs, block, group, bits)
+        return reference.rotate_quantize(x, signs, block, group, bits, shift)
     found = schemas.empty_quantized(x, group)
-    native.rotate_quantize(_floats(x), _contiguous(signs), block, group, bits, *found)
+    native.rotate_quantize(_floats(x), _contiguous(signs), block, group, bits, *found, _shift(shift))
     return found
 
 
@@ -39,16 +44,17 @@ def rms_norm_rotate_quantize(
     block: int,
     group: int,
     bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.rms_norm_rotate_quantize`; `ValueError` for arguments that do not fit."""
     schemas.check_norm(x, weight, eps)
-    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
+    schemas.check_rotation(x.shape[1], x.dtype, signs, block, group, bits, shift)
     native = load_native()
     if native is None:
-        return reference.rms_norm_rotate_quantize(x, weight, eps, signs, block, group, bits)
+        return reference.rms_norm_rotate_quantize(x, weight, eps, signs, block, group, bits, shift)
     found = schemas.empty_quantized(x, group)
     native.rms_norm_rotate_quantize(
-        _floats(x), weight.float().contiguous(), eps, _contiguous(signs), block, group, bits, *found
+        _floats(x), weight.float().contiguous(), eps, _contiguous(signs), block, group, bits, *found, _shift(shift)
     )
     return found
 
@@ -61,15 +67,18 @@ def gated_rotate_quantize(
     block: int,
     group: int,
     bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.gated_rotate_quantize`; `ValueError` for arguments that do not fit."""
     schemas.check_gate(gate, up, activation)
-    schemas.check_rotation(gate.shape[1], gate.dtype, signs, block, group, bits, "gate")
+    schemas.check_rotation(gate.shape[1], gate.dtype, signs, block, group, bits, shift, "gate")
     native = load_native()
     if native is None:
-        return reference.gated_rotate_quantize(gate, up, activation, signs, block, group, bits)
+        return reference.gated_rotate_quantize(gate, up, activation, signs, block, group, bits, shift)
     found = schemas.empty_quantized(gate, group)
-    native.gated_rotate_quantize(_floats(gate), _floats(up), activation, _contiguous(signs), block, group, bits, *found)
+    native.gated_rotate_quantize(
+        _floats(gate), _floats(up), activation, _contiguous(signs), block, group, bits, *found, _shift(shift)
+    )
     return found
 
 
@@ -111,9 +120,11 @@ def linear(
     block: int,
     code: str = "trellis",
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.linear`; `ValueError` for arguments that do not fit."""
-    return linears(x, [codes], [scales], [tensor_scale], [tables], signs, [bias], [bits], block, code, act_bits)[0]
+    parts = ([codes], [scales], [tensor_scale], [tables])
+    return linears(x, *parts, signs, [bias], [bits], block, code, act_bits, shift)[0]
 
 
 def linears(
@@ -128,6 +139,7 @@ def linears(
     block: int,
     code: str = "trellis",
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """See `reference.linears`; `ValueError` for arguments that do not fit."""
     schemas.check_lists(codes, scales, tensor_scale, tables, bias, bits)
@@ -137,10 +149,12 @@ def linears(
     )
     for parts in matrices:
         schemas.check_weights(cols, *parts, code)
-        schemas.check_rotation(cols, x.dtype, signs, block, cols // parts[1].shape[1], act_bits)
+        schemas.check_rotation(cols, x.dtype, signs, block, cols // parts[1].shape[1], act_bits, shift)
     native = load_native()
     if native is None:
-        return reference.linears(x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code, act_bits)
+        return reference.linears(
+            x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code, act_bits, shift
+        )
     rows = x.reshape(-1, cols).contiguous()
     dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
     outs = [torch.empty(rows.shape[0], s.shape[0], dtype=dtype) for s in scales]
@@ -151,6 +165,7 @@ def linears(
         act_bits,
         [_matrix(native, cols, *parts, code) for parts in matrices],
         [_bits(out) for out in outs],
+        _shift(shift),
     )
     return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
 
@@ -167,15 +182,16 @@ def twin_linear(
     bias: torch.Tensor | None,
     block: int,
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.twin_linear`; `ValueError` for arguments that do not fit."""
     cols, rank = x.shape[-1], down_scales.shape[0]
     down, both = (down_codes, down_scales, down_scale), (codes, scales, tensor_scale)
     schemas.check_twin(cols, down, both, bias)
-    schemas.check_rotation(cols, x.dtype, signs, block, cols // down_scales.shape[1], act_bits)
+    schemas.check_rotation(cols, x.dtype, signs, block, cols // down_scales.shape[1], act_bits, shift)
     native = load_native()
     if native is None:
-        return reference.twin_linear(x, *down, *both, signs, bias, block, act_bits)
+        return reference.twin_linear(x, *down, *both, signs, bias, block, act_bits, shift)
     dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
     rows = x.reshape(-1, cols)
     out = torch.empty(rows.shape[0], scales.shape[0], dtype=dtype)
@@ -187,6 +203,7 @@ def twin_linear(
         _matrix(native, cols, *down, None, None, 4, "nibbles"),
         _matrix(native, cols + rank, *both, None, bias, 4, "nibbles"),
         _bits(out),
+        _shift(shift),
     )
     return out.to(x.dtype).view(*x.shape[:-1], scales.shape[0])
 
@@ -222,6 +239,10 @@ def _floats(x: torch.Tensor) -> torch.Tensor:
 
 def _contiguous(signs: torch.Tensor | None) -> torch.Tensor | None:
     return None if signs is None else signs.contiguous()
+
+
+def _shift(shift: torch.Tensor | None) -> torch.Tensor | None:
+    return None if shift is None else shift.float().contiguous()
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

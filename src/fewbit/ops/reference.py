@@ -75,28 +75,39 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate_quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int, bits: int = 8
+    x: torch.Tensor,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotate inputs and quantize them to 8 or 4 bits, symmetrically, one scale per token and group.
+    """Shift and rotate inputs and quantize them to 8 or 4 bits, symmetrically, one scale per token and group.
 
-    `x` is float `[T, K]`, `signs` packed bits uint8 `[ceil(K / 8)]` (None: all +1), `block` 32, 64, 128 or 256, or
-    1 for no rotation, which takes no signs; `group` is a multiple of 32 up to 256 and a multiple or a divisor of the
-    block. Returns `q` int8 `[T, K]`, `scale` float32 `[T, K / group]` (largest magnitude / m) and `sums` int32
-    `[T, K / group]`, the sums of q's groups. q is `rotated * (m / largest)` rounded to the nearest, ties to even;
-    m is 127, or 7 for 4 bits. A group whose largest magnitude is below 1e-30 gets scale 0, one that holds NaN or
-    infinity scale NaN; q is 0 in both.
+    `x` is float `[T, K]`, from which `shift`, float `[K]`, is subtracted first (None: nothing), `signs` packed bits
+    uint8 `[ceil(K / 8)]` (None: all +1), `block` 32, 64, 128 or 256, or 1 for no rotation, which takes no signs;
+    `group` is a multiple of 32 up to 256 and a multiple or a divisor of the block. Returns `q` int8 `[T, K]`, `scale`
+    float32 `[T, K / group]` (largest magnitude / m) and `sums` int32 `[T, K / group]`, the sums of q's groups. q is
+    `rotated * (m / largest)`, at most 127 or 7, rounded to the nearest, ties to even. m is 127 for 8 bits. For 4 bits it is 8 where the value of the largest magnitude is negative (or both
+    signs have it) and -8 elsewhere, so that this value becomes -8 and all sixteen levels are used. A group whose
+    largest magnitude is below 1e-30 gets scale 0, one that holds NaN or infinity scale NaN; q is 0 in both.
     """
     tokens, cols = x.shape
     y = x.float()
+    if shift is not None:
+        y = y - shift.float()
     if signs is not None:
         y = y * unpack_signs(signs, cols)
     y = butterflies(y, block).view(tokens, cols // group, group)
     largest = y.abs().amax(2)
     usable = torch.isfinite(largest) & (largest >= SMALLEST)
-    most = torch.full_like(largest, LARGEST[bits])  # a tensor: torch turns `127 / x` into two roundings
-    inverse = torch.where(usable, most / largest, torch.zeros_like(largest))
-    q = torch.where(usable[..., None], (y * inverse[..., None]).round(), torch.zeros_like(y)).to(torch.int8)
-    scale = torch.where(usable, largest / most, torch.zeros_like(largest))
+    whole = torch.full_like(largest, LARGEST[bits])  # a tensor: torch turns `127 / x` into two roundings
+    if bits == 4:
+        whole = torch.where(y.amin(2) == -largest, 8.0, -8.0)
+    inverse = torch.where(usable, whole / largest, torch.zeros_like(largest))
+    levels = (y * inverse[..., None]).clamp(max=LARGEST[bits]).round()
+    q = torch.where(usable[..., None], levels, torch.zeros_like(y)).to(torch.int8)
+    scale = torch.where(usable, largest / whole, torch.zeros_like(largest))
     scale = torch.where(torch.isfinite(largest), scale, torch.full_like(scale, torch.nan))
     return q.view(tokens, cols), scale, q.sum(2, dtype=torch.int32)
 
@@ -109,9 +120,10 @@ def rms_norm_rotate_quantize(
     block: int,
     group: int,
     bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`rms_norm`, then `rotate_quantize`."""
-    return rotate_quantize(rms_norm(x, weight, eps), signs, block, group, bits)
+    return rotate_quantize(rms_norm(x, weight, eps), signs, block, group, bits, shift)
 
 
 def gated_rotate_quantize(
@@ -122,9 +134,10 @@ def gated_rotate_quantize(
     block: int,
     group: int,
     bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`gated`, then `rotate_quantize`."""
-    return rotate_quantize(gated(gate, up, activation), signs, block, group, bits)
+    return rotate_quantize(gated(gate, up, activation), signs, block, group, bits, shift)
 
 
 def integer_weights(
@@ -190,11 +203,12 @@ def linear(
     block: int,
     code: str = "trellis",
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rotate_quantize` to `act_bits`, then `packed_linear`: inputs `[..., K]` to outputs `[..., N]` of the inputs'
     dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    q, scale, sums = rotate_quantize(rows, signs, block, x.shape[-1] // scales.shape[1], act_bits)
+    q, scale, sums = rotate_quantize(rows, signs, block, x.shape[-1] // scales.shape[1], act_bits, shift)
     y = packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, x.dtype)
     return y.view(*x.shape[:-1], scales.shape[0])
 
@@ -211,10 +225,14 @@ def linears(
     block: int,
     code: str = "trellis",
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """`linear` with several matrices that read the same inputs, as q/k/v and gate/up do: one output each."""
     matrices = zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
-    return [linear(x, c, s, t, table, signs, b, width, block, code, act_bits) for c, s, t, table, b, width in matrices]
+    return [
+        linear(x, c, s, t, table, signs, b, width, block, code, act_bits, shift)
+        for c, s, t, table, b, width in matrices
+    ]
 
 
 def twin_linear(
@@ -229,17 +247,18 @@ def twin_linear(
     bias: torch.Tensor | None,
     block: int,
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A low-rank part and a residual, both 4-bit, as one product: TwinQuant (arXiv 2606.01556).
 
     `down_*` are the int4 parts of `[r, K]` (the paper's U, transposed), the others those of `[N, K + r]`, the residual
-    and V side by side. Inputs `[..., K]` are rotated and quantized to `act_bits`; their product with `down` in float32
-    is quantized in the same groups, unrotated, and follows them as r more inputs of the second product. Outputs
-    `[..., N]` have the inputs' dtype.
+    and V side by side. Inputs `[..., K]` are shifted, rotated and quantized to `act_bits`; their product with `down` in
+    float32 is quantized in the same groups, unrotated, and follows them as r more inputs of the second product.
+    Outputs `[..., N]` have the inputs' dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
     group = x.shape[-1] // down_scales.shape[1]
-    inputs = rotate_quantize(rows, signs, block, group, act_bits)
+    inputs = rotate_quantize(rows, signs, block, group, act_bits, shift)
     h = packed_linear(*inputs, down_codes, down_scales, down_scale, None, None, 4, "nibbles", torch.float32)
     joined = [torch.cat(pair, 1) for pair in zip(inputs, rotate_quantize(h, None, 1, group, act_bits), strict=True)]
     q, scale, sums = joined

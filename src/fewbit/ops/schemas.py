@@ -23,15 +23,16 @@ MAX_GROUP = 256
 
 torch.library.define(
     "fewbit::rotate_quantize",
-    "(Tensor x, Tensor? signs, int block, int group, int bits=8) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? signs, int block, int group, int bits=8, Tensor? shift=None) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fewbit::rms_norm_rotate_quantize",
-    "(Tensor x, Tensor weight, float eps, Tensor? signs, int block, int group, int bits=8) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor weight, float eps, Tensor? signs, int block, int group, int bits=8, Tensor? shift=None) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fewbit::gated_rotate_quantize",
-    "(Tensor gate, Tensor up, str activation, Tensor? signs, int block, int group, int bits=8) "
+    "(Tensor gate, Tensor up, str activation, Tensor? signs, int block, int group, int bits=8, Tensor? shift=None) "
     "-> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -42,17 +43,17 @@ torch.library.define(
 torch.library.define(
     "fewbit::linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor? tables, Tensor? signs, Tensor? bias, "
-    "int bits, int block, str code='trellis', int act_bits=8) -> Tensor",
+    "int bits, int block, str code='trellis', int act_bits=8, Tensor? shift=None) -> Tensor",
 )
 torch.library.define(
     "fewbit::linears",
     "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] tensor_scale, Tensor?[] tables, Tensor? signs, "
-    "Tensor?[] bias, int[] bits, int block, str code='trellis', int act_bits=8) -> Tensor[]",
+    "Tensor?[] bias, int[] bits, int block, str code='trellis', int act_bits=8, Tensor? shift=None) -> Tensor[]",
 )
 torch.library.define(
     "fewbit::twin_linear",
     "(Tensor x, Tensor down_codes, Tensor down_scales, Tensor down_scale, Tensor codes, Tensor scales, "
-    "Tensor tensor_scale, Tensor? signs, Tensor? bias, int block, int act_bits=8) -> Tensor",
+    "Tensor tensor_scale, Tensor? signs, Tensor? bias, int block, int act_bits=8, Tensor? shift=None) -> Tensor",
 )
 
 
@@ -68,7 +69,14 @@ def _require_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dty
 
 
 def check_rotation(
-    cols: int, dtype: torch.dtype, signs: torch.Tensor | None, block: int, group: int, bits: int = 8, name: str = "x"
+    cols: int,
+    dtype: torch.dtype,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+    shift: torch.Tensor | None = None,
+    name: str = "x",
 ) -> None:
     """Raise `ValueError` unless inputs of `cols` columns can be rotated and quantized like that."""
     require(dtype in FLOATS, f"{name} must be float32, bfloat16 or float16, not {dtype}")
@@ -91,6 +99,8 @@ def check_rotation(
     require(block > 1 or signs is None, "signs must be None for block 1: where nothing is rotated nothing changes sign")
     if signs is not None:
         _require_tensor("signs", signs, (-(-cols // 8),), torch.uint8)
+    if shift is not None and (shift.shape != (cols,) or shift.dtype not in FLOATS):
+        raise ValueError(f"shift must be float [{cols}], not {shift.dtype} {list(shift.shape)}")
 
 
 def check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -190,10 +200,15 @@ def empty_quantized(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Te
 
 @torch.library.register_fake("fewbit::rotate_quantize")
 def _rotate_quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, block: int, group: int, bits: int = 8
+    x: torch.Tensor,
+    signs: torch.Tensor | None,
+    block: int,
+    group: int,
+    bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
-    check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
+    check_rotation(x.shape[1], x.dtype, signs, block, group, bits, shift)
     return empty_quantized(x, group)
 
 
@@ -206,9 +221,10 @@ def _rms_norm_rotate_quantize(
     block: int,
     group: int,
     bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_norm(x, weight, eps)
-    check_rotation(x.shape[1], x.dtype, signs, block, group, bits)
+    check_rotation(x.shape[1], x.dtype, signs, block, group, bits, shift)
     return empty_quantized(x, group)
 
 
@@ -221,9 +237,10 @@ def _gated_rotate_quantize(
     block: int,
     group: int,
     bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_gate(gate, up, activation)
-    check_rotation(gate.shape[1], gate.dtype, signs, block, group, bits, "gate")
+    check_rotation(gate.shape[1], gate.dtype, signs, block, group, bits, shift, "gate")
     return empty_quantized(gate, group)
 
 
@@ -259,9 +276,10 @@ def _linear(
     block: int,
     code: str = "trellis",
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
-    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // scales.shape[1], act_bits)
+    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // scales.shape[1], act_bits, shift)
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
 
 
@@ -278,10 +296,14 @@ def _linears(
     block: int,
     code: str = "trellis",
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     check_lists(codes, scales, tensor_scale, tables, bias, bits)
     matrices = zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
-    return [_linear(x, c, s, t, table, signs, b, width, block, code, act_bits) for c, s, t, table, b, width in matrices]
+    return [
+        _linear(x, c, s, t, table, signs, b, width, block, code, act_bits, shift)
+        for c, s, t, table, b, width in matrices
+    ]
 
 
 @torch.library.register_fake("fewbit::twin_linear")
@@ -297,7 +319,8 @@ def _twin_linear(
     bias: torch.Tensor | None,
     block: int,
     act_bits: int = 8,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_twin(x.shape[-1], (down_codes, down_scales, down_scale), (codes, scales, tensor_scale), bias)
-    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // down_scales.shape[1], act_bits)
+    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // down_scales.shape[1], act_bits, shift)
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
