@@ -88,10 +88,52 @@ def tiny_model(kind: str, tied: bool = False, seed: int = 0):
     return model
 
 
+def mixture(kind: str, experts: int = 4, inner: int = 64):
+    """A random two-layer mixture, float32, whose router is not indifferent."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    sizes = (
+        {"num_local_experts": experts, "intermediate_size": inner}
+        if kind == "mixtral"
+        else {"num_experts": experts, "moe_intermediate_size": inner, "intermediate_size": 128}
+    )
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        num_experts_per_tok=2,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        **sizes,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif "experts" in name or "gate.weight" in name:
+                parameter.normal_(std=0.15)
+    return model
+
+
 @pytest.fixture(scope="session")
 def make_tiny():
     """The function `tiny_model(kind, tied=False, seed=0)`."""
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def make_mixture():
+    """The function `mixture(kind, experts=4, inner=64)`."""
+    return mixture
 
 
 @pytest.fixture(scope="session")

@@ -26,42 +26,6 @@ KINDS = ("mixtral", "qwen3_moe")
 OPTIONS = QuantizeOptions(bits=4, head="bf16", calib_tokens=1024, calib_window=128, calib_dtype="float32", tune=False)
 
 
-def mixture(kind: str, experts: int = 4, inner: int = 64):
-    """A random two-layer mixture, float32, whose router is not indifferent."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    sizes = (
-        {"num_local_experts": experts, "intermediate_size": inner}
-        if kind == "mixtral"
-        else {"num_experts": experts, "moe_intermediate_size": inner, "intermediate_size": 128}
-    )
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=96,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        num_experts_per_tok=2,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-        **sizes,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
-            elif "experts" in name or "gate.weight" in name:
-                parameter.normal_(std=0.15)
-    return model
-
-
 def save(model, directory: Path, layout: str, tokenizer: Path) -> Path:
     """As transformers saves it ("apart"), or with the experts of a layer in one tensor ("fused")."""
     model.save_pretrained(directory)
@@ -79,9 +43,9 @@ def stored_names(directory: Path) -> list[str]:
 
 
 @pytest.fixture(params=[(kind, layout) for kind in KINDS for layout in ("apart", "fused")], ids="-".join)
-def saved(request, tiny_models, tmp_path):
+def saved(make_mixture, request, tiny_models, tmp_path):
     kind, layout = request.param
-    model = mixture(kind)
+    model = make_mixture(kind)
     directory = save(model, tmp_path / "model", layout, tiny_models["tied"])
     assert any("gate_up_proj" in name for name in stored_names(directory)) == (layout == "fused")
     return model, directory
@@ -119,8 +83,8 @@ def test_every_weight_is_planned_exactly_once(saved):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_separate_experts_compute_what_the_fused_module_computes(kind):
-    model = mixture(kind)
+def test_separate_experts_compute_what_the_fused_module_computes(make_mixture, kind):
+    model = make_mixture(kind)
     ids = torch.randint(0, 96, (2, 20))
     with torch.no_grad():
         expected = model(ids).logits
@@ -158,8 +122,10 @@ def test_four_bits_come_close_survive_transformers_and_verify(saved, calibration
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_expert_matrices_that_no_format_takes_stay_and_still_load(kind, tiny_models, calibration_text, tmp_path):
-    model = mixture(kind, inner=72)  # no block of 32 divides what the down projections read
+def test_expert_matrices_that_no_format_takes_stay_and_still_load(
+    make_mixture, kind, tiny_models, calibration_text, tmp_path
+):
+    model = make_mixture(kind, inner=72)  # no block of 32 divides what the down projections read
     directory = save(model, tmp_path / "model", "apart", tiny_models["tied"])
     quantize(directory, tmp_path / "out", OPTIONS, [calibration_text])
     packed, _ = load(tmp_path / "out", torch.float32)
@@ -170,8 +136,10 @@ def test_expert_matrices_that_no_format_takes_stay_and_still_load(kind, tiny_mod
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_expert_that_no_token_reaches_is_rounded_and_reported(kind, tiny_models, calibration_text, tmp_path):
-    model = mixture(kind, experts=5)
+def test_an_expert_that_no_token_reaches_is_rounded_and_reported(
+    make_mixture, kind, tiny_models, calibration_text, tmp_path
+):
+    model = make_mixture(kind, experts=5)
     for layer in model.model.layers:
         one, two = layer.mlp.gate.weight[0].clone(), layer.mlp.gate.weight[1].clone()
         # Two of the first four are always above 0, which the last expert always gets.
@@ -214,8 +182,8 @@ def test_a_changed_shard_of_the_checkpoint_is_found(saved, tmp_path):
     assert len(damaged) == 1
 
 
-def test_a_tuned_mixture_is_closer_than_one_that_is_not(tiny_models, calibration_text, tmp_path):
-    model = mixture("qwen3_moe")
+def test_a_tuned_mixture_is_closer_than_one_that_is_not(make_mixture, tiny_models, calibration_text, tmp_path):
+    model = make_mixture("qwen3_moe")
     directory = save(model, tmp_path / "model", "apart", tiny_models["tied"])
     settings = {"bits": 2, "calib_tokens": 2048, "calib_window": 128, "calib_dtype": "float32"}
     quantize(directory, tmp_path / "out", QuantizeOptions(**settings, tune=True, tune_steps=32), [calibration_text])

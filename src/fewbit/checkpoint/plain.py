@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from fewbit.checkpoint.equivalent import OUTPUT_ROTATION, rotate_output
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import SHARD_LIMIT, ShardedWriter
 from fewbit.errors import CorruptFile, UsageError
@@ -28,7 +29,9 @@ def load_plain(source: Source, dtype: torch.dtype = torch.bfloat16) -> Any:
     Raises `CorruptFile` when the source lacks a tensor, which transformers would fill with random numbers.
     """
     weights = {name: source.tensor(name).to(dtype) for name in source.names()}
-    weights = fuse_names(weights, find_family(source.config.model_type))
+    family = find_family(source.config.model_type)
+    weights = fuse_names(weights, family)
+    rotation = weights.pop(f"{family.final_norm}.{OUTPUT_ROTATION}", None) if family else None
     # The automatic class insists on a path; the model's own class does not need one.
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
     model, loading = model_class.from_pretrained(
@@ -36,6 +39,10 @@ def load_plain(source: Source, dtype: torch.dtype = torch.bfloat16) -> Any:
     )
     if loading["missing_keys"]:
         raise CorruptFile(f"{source.path}: has no tensor {min(loading['missing_keys'])}; download the model again")
+    if family is not None and rotation is not None:
+        norm = model.get_submodule(family.final_norm)
+        rotate_output(norm)
+        norm.rotation.data = rotation
     return model.eval()
 
 

@@ -1,11 +1,12 @@
 """Model families: one short file each."""
 
 from fewbit.models import llama, mixtral, qwen, qwen_moe
-from fewbit.models.base import Experts, Family, SharedInput, families, find_family, get_family
+from fewbit.models.base import Experts, Family, Place, SharedInput, families, find_family, get_family
 
 __all__ = [
     "Experts",
     "Family",
+    "Place",
     "SharedInput",
     "families",
     "find_family",

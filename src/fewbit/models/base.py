@@ -6,6 +6,7 @@ which norm feeds them. Everything else comes from the model's own code in transf
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fewbit.errors import UsageError
@@ -15,13 +16,34 @@ from fewbit.errors import UsageError
 class SharedInput:
     """Linears of one decoder layer that read the same activations (names relative to the layer).
 
-    `norm` is the RMSNorm whose output they read, None off the residual stream. `writes_residual` holds
-    where the outputs are added to the residual stream.
+    `norm` is the RMSNorm whose output they read, None off the residual stream, and `routers` are matrices that read
+    it too and stay as they are. `writes_residual` holds where the outputs are added to the residual stream.
+
+    Off the residual stream, `scaled_by` is the linear whose outputs, each times something, are these inputs, channel
+    by channel; `values` is the linear whose outputs, averaged over positions and head by head, are these inputs.
     """
 
     linears: tuple[str, ...]
     norm: str | None = None
+    routers: tuple[str, ...] = ()
     writes_residual: bool = False
+    scaled_by: str | None = None
+    values: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of a decoder layer: the layer's name and number, the name within it as in `Family.inputs`, and the
+    number that stands for the `*` of an expert."""
+
+    prefix: str
+    layer: int
+    name: str
+    expert: str | None = None
+
+    def beside(self, name: str) -> str:
+        """The full name of another module of the same layer and expert."""
+        return f"{self.prefix}.{name.replace('*', self.expert or '*')}"
 
 
 @dataclass(frozen=True)
@@ -55,18 +77,32 @@ class Family:
     gguf_arch: tuple[str, ...] = ()
     gguf_permuted: bool = False
 
+    def place(self, module: str) -> Place | None:
+        """Where a module of a decoder layer is; None for everything else."""
+        match = re.fullmatch(rf"({re.escape(self.layers)}\.(\d+))\.(.+)", module)
+        if match is None:
+            return None
+        general, expert = match[3], None
+        if self.experts is not None:
+            within = re.fullmatch(rf"({re.escape(self.experts.module)})\.(\d+)\.(.+)", general)
+            if within:
+                general, expert = f"{within[1]}.*.{within[3]}", within[2]
+        return Place(match[1], int(match[2]), general, expert)
+
 
 LLAMA_INPUTS = (
     SharedInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
-    SharedInput(("self_attn.o_proj",), writes_residual=True),
+    SharedInput(("self_attn.o_proj",), writes_residual=True, values="self_attn.v_proj"),
     SharedInput(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
-    SharedInput(("mlp.down_proj",), writes_residual=True),
+    SharedInput(("mlp.down_proj",), writes_residual=True, scaled_by="mlp.up_proj"),
 )
 
 MIXTURE_INPUTS = (
     *LLAMA_INPUTS[:2],
-    SharedInput(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), norm="post_attention_layernorm"),
-    SharedInput(("mlp.experts.*.down_proj",), writes_residual=True),
+    SharedInput(
+        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), norm="post_attention_layernorm", routers=("mlp.gate",)
+    ),
+    SharedInput(("mlp.experts.*.down_proj",), writes_residual=True, scaled_by="mlp.experts.*.up_proj"),
 )
 
 _FAMILIES: dict[str, Family] = {}

@@ -88,9 +88,10 @@ def rotate_quantize(
     uint8 `[ceil(K / 8)]` (None: all +1), `block` 32, 64, 128 or 256, or 1 for no rotation, which takes no signs;
     `group` is a multiple of 32 up to 256 and a multiple or a divisor of the block. Returns `q` int8 `[T, K]`, `scale`
     float32 `[T, K / group]` (largest magnitude / m) and `sums` int32 `[T, K / group]`, the sums of q's groups. q is
-    `rotated * (m / largest)`, at most 127 or 7, rounded to the nearest, ties to even. m is 127 for 8 bits. For 4 bits it is 8 where the value of the largest magnitude is negative (or both
-    signs have it) and -8 elsewhere, so that this value becomes -8 and all sixteen levels are used. A group whose
-    largest magnitude is below 1e-30 gets scale 0, one that holds NaN or infinity scale NaN; q is 0 in both.
+    `rotated * (m / largest)`, at most 127 or 7, rounded to the nearest, ties to even.
+    m is 127 for 8 bits. For 4 bits it is 8 where the value of the largest magnitude is negative (or both signs have
+    it) and -8 elsewhere, so that this value becomes -8 and all sixteen levels are used. A group whose largest
+    magnitude is below 1e-30 gets scale 0, one that holds NaN or infinity scale NaN; q is 0 in both.
     """
     tokens, cols = x.shape
     y = x.float()

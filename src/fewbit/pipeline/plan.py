@@ -199,16 +199,11 @@ def classify(family: Family, name: str) -> tuple[str, str]:
         return "embed", "embed"
     if name == f"{family.head}.weight":
         return "head", "head"
-    match = re.fullmatch(rf"{re.escape(family.layers)}\.(\d+)\.(.+)", module)
-    if match and name.endswith(".weight"):
-        general, expert = match[2], ""
-        if family.experts is not None:
-            within = re.fullmatch(rf"({re.escape(family.experts.module)})\.(\d+)\.(.+)", general)
-            if within:
-                general, expert = f"{within[1]}.*.{within[3]}", f".{within[2]}"
+    place = family.place(module)
+    if place and name.endswith(".weight"):
         for index, shared in enumerate(family.inputs):
-            if general in shared.linears:
-                return "body", f"{match[1]}.{index}{expert}"
+            if place.name in shared.linears:
+                return "body", ".".join([str(place.layer), str(index), *([place.expert] if place.expert else [])])
     return "plain", ""
 
 
