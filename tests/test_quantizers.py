@@ -17,7 +17,7 @@ from fewbit.assets import default_cache_dir
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.models import get_family
-from fewbit.pipeline.calibrate import HessianCollector
+from fewbit.pipeline.calibrate import InputAxes, InputCollector
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TYPES = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ3_XXS", "IQ3_S", "F16")
@@ -172,14 +172,14 @@ def test_importance_is_the_mean_square_of_every_input_channel(quantizers, tiny_m
     windows = torch.randint(5, 20, (3, 16), generator=torch.Generator().manual_seed(3))
     found = quantizers.importance_matrix(model, family, windows)
     linears = [(key, model.get_submodule(key)) for key in found]
-    with HessianCollector(linears, dict.fromkeys(found, (None, 1))) as collector, torch.no_grad():
+    with InputCollector(linears, dict.fromkeys(found, InputAxes(None, 1))) as collector, torch.no_grad():
         hidden = model(windows, output_hidden_states=True).hidden_states
     for layer, states in zip(model.model.layers, hidden, strict=False):
         direct = layer.input_layernorm(states).square().mean((0, 1))
         torch.testing.assert_close(found[f"model.layers.{layer.self_attn.layer_idx}.self_attn.k_proj"], direct)
     assert len(found) == 7 * len(model.model.layers)
     for key, channels in found.items():
-        torch.testing.assert_close(channels, collector.take(key, channels.numel()).diagonal())
+        torch.testing.assert_close(channels, collector.take(key, channels.numel()).hessian.diagonal())
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from fewbit.demo_page import printable, render_page
 from fewbit.environment import environment
 from fewbit.errors import UsageError
 from fewbit.evaluate import EvalResult, evaluate_many
-from fewbit.formats import get_format
+from fewbit.formats import group_format
 from fewbit.generation import stream_text
 from fewbit.loading import load, load_any
 from fewbit.math.hadamard import random_signs, rotate
@@ -343,7 +343,7 @@ def tails(tensor: PlannedTensor, weight: torch.Tensor) -> dict[str, Any]:
     rotated = rotate(weight, random_signs(spec.cols, tensor.signs_seed), spec.block)
     forms = {"before": unit_groups(weight, spec.group), "after": unit_groups(rotated, spec.group)}
     width = 2 * _HISTOGRAM_EDGE / _HISTOGRAM_BINS
-    fmt = get_format(spec.format)
+    fmt = group_format(spec.format)
     return {
         "tensor": tensor.name,
         "block": spec.block,

@@ -33,6 +33,11 @@ class PackedTensor(nn.Module):
     scale: torch.Tensor
     tables: torch.Tensor
     signs: torch.Tensor
+    down_codes: torch.Tensor
+    down_scales: torch.Tensor
+    down_scale: torch.Tensor
+    shift: torch.Tensor
+    offset: torch.Tensor
 
     def __init__(self, description: QuantizedModule) -> None:
         super().__init__()
@@ -88,10 +93,13 @@ class PackedTensor(nn.Module):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`W x + bias` for inputs `[..., K]`, in their dtype.
 
-        Rotated trellis weights on the CPU go through `fewbit::linear`, which quantizes the inputs to 8 bits; everything
-        else, and everything that needs gradients, multiplies with the decoded weight.
+        Rotated trellis weights on the CPU go through `fewbit::linear`, which quantizes the inputs to 8 bits, and
+        TwinQuant's through `fewbit::twin_linear`, with the inputs' bits; everything else, and everything that needs
+        gradients, multiplies with the decoded weight.
         """
         training = torch.is_grad_enabled() and x.requires_grad
+        if self.spec.format == "twinquant":
+            return self._twin_product(x, bias, training)
         native = self.spec.format == "trellis" and self.spec.block > 1
         if native and x.device.type == "cpu" and x.dtype in FLOATS and not training:
             return torch.ops.fewbit.linear(
@@ -107,6 +115,22 @@ class PackedTensor(nn.Module):
                 self.code,
             )
         return nn.functional.linear(self.rotate_input(x), self.rotated_weight().to(x.dtype), bias)
+
+    def _twin_product(self, x: torch.Tensor, bias: torch.Tensor | None, training: bool) -> torch.Tensor:
+        spec = self.spec
+        offset = self.offset if bias is None else self.offset + bias.float()
+        if spec.act_bits == 16 or training or x.dtype not in FLOATS:
+            # Shifted in float32: what is left after the shift is much smaller than the inputs.
+            shifted = self.rotate_input(x.float() - self.shift.float()).to(x.dtype)
+            return nn.functional.linear(shifted, self.rotated_weight().to(x.dtype), offset.to(x.dtype))
+        signs = self.signs if spec.block > 1 else None
+        both = (self.codes, self.scales, self.scale)
+        if spec.rank:
+            down = (self.down_codes, self.down_scales, self.down_scale)
+            return torch.ops.fewbit.twin_linear(x, *down, *both, signs, offset, spec.block, spec.act_bits, self.shift)
+        return torch.ops.fewbit.linear(
+            x, *both, None, signs, offset, spec.bits, spec.block, "nibbles", spec.act_bits, self.shift
+        )
 
     def plain_weight(self) -> torch.Tensor:
         """`W`, float32 `[N, K]`: the weight-side placement of the rotation."""

@@ -39,7 +39,7 @@ def test_searched_scales_lose_less_than_those_of_the_largest_magnitude():
     grouped = weight.view(64, 8, 128)
     step = grouped.abs().amax(2, keepdim=True) / MOST
     plain = float(((grouped / step).round() * step - grouped).square().sum() / weight.square().sum())
-    assert found < 0.0105 < 0.0130 < plain
+    assert found < 0.0096 < 0.0130 < plain
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -54,4 +54,4 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_golden_bytes(fixed_weight, fingerprint):
     fmt = get_format("int4")
     parts = quantize_rotated(fmt, fixed_weight(20, 256), fmt.spec(20, 256, 4)).parts
-    assert fingerprint(parts) == "4c538e61bec01967"
+    assert fingerprint(parts) == "74cecb85f42ba0c4"

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
-from fewbit.formats import format_names, get_format
+from fewbit.formats import get_format, group_format_names
 from fewbit.math.hadamard import random_signs
 from fewbit.math.rounding import decoded_error, inverse_factor, quantize_matrix, quantize_rotated, round_in_chunks
 
-CASES = [(name, bits) for name in format_names() for bits in get_format(name).bits]
+CASES = [(name, bits) for name in group_format_names() for bits in get_format(name).bits]
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:

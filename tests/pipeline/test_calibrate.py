@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fewbit.loading import load
-from fewbit.math.hadamard import random_signs, rotate
-from fewbit.pipeline.calibrate import HessianCollector, bfloat16_products
+from fewbit.math.hadamard import pack_signs, random_signs, rotate
+from fewbit.pipeline.calibrate import InputAxes, InputCollector, bfloat16_products
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 
@@ -20,17 +20,44 @@ def test_hessians_are_float32_inside_a_layer_that_runs_in_bfloat16(block):
     signs = random_signs(256, 0) if block > 1 else None
     with (
         torch.no_grad(),
-        HessianCollector([("x", linear)], {"x": (signs, block)}) as collector,
+        InputCollector([("x", linear)], {"x": InputAxes(signs, block)}) as collector,
         torch.autocast("cpu", torch.bfloat16),
         bfloat16_products(torch.bfloat16),
     ):
         assert linear(x).dtype == torch.bfloat16
     exact = x if signs is None else rotate(x, signs, block)
     found = collector.take("x", 256)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact.T @ exact / 100, rtol=0, atol=0.02)
-    assert collector.held["x"].dtype == torch.float32
-    assert torch.equal(collector.held["x"], exact)
+    assert found.hessian.dtype == torch.float32
+    torch.testing.assert_close(found.hessian, exact.T @ exact / 100, rtol=0, atol=0.02)
+    assert found.held.dtype == torch.float32
+    assert torch.equal(found.held, exact)
+
+
+@pytest.mark.parametrize(("bits", "step"), [(4, 0.15), (8, 0.01)])
+def test_statistics_of_quantized_inputs_are_those_of_what_the_kernels_multiply(bits, step):
+    generator = torch.Generator().manual_seed(bits)
+    linear, x = nn.Linear(256, 8), torch.randn(300, 256, generator=generator) + 3 * torch.rand(256, generator=generator)
+    signs = random_signs(256, 0)
+    with torch.no_grad(), InputCollector([("x", linear)], {"x": InputAxes(signs, 128, 64, bits)}) as collector:
+        linear(x[:100])
+        linear(x[100:])
+    found = collector.take("x", 256)
+    torch.testing.assert_close(found.shift, x[:100].mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.mean, x.mean(0))
+    q, scale, _ = torch.ops.fewbit.rotate_quantize(x, pack_signs(signs), 128, 64, bits, found.shift)
+    seen = (q.view(300, 4, 64).float() * scale[..., None]).view(300, 256)
+    torch.testing.assert_close(found.hessian, seen.T @ seen / 300)
+    torch.testing.assert_close(found.mean_quantized, seen.mean(0))
+    assert (seen - rotate(x - found.shift, signs, 128)).square().mean().sqrt() < step
+
+
+def test_inputs_that_no_token_reached_get_a_neutral_prior():
+    collector = InputCollector([("x", nn.Linear(64, 8))], {"x": InputAxes(None, 1, 64, 4)})
+    assert collector.tokens("x") == 0
+    found = collector.take("x", 64)
+    assert torch.equal(found.hessian, torch.eye(64))
+    assert not found.shift.any()
+    assert not found.mean_quantized.any()
 
 
 @pytest.mark.parametrize("sequential", [True, False])

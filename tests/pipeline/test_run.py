@@ -17,7 +17,7 @@ from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.loading import load
 from fewbit.models import get_family
 from fewbit.pipeline import workdir
-from fewbit.pipeline.calibrate import HessianCollector, LayerStream
+from fewbit.pipeline.calibrate import InputAxes, InputCollector, LayerStream
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import Placement, quantize
 from fewbit.pipeline.texts import CalibrationText, calibration_windows
@@ -203,13 +203,13 @@ def test_the_layer_stream_computes_what_the_whole_model_computes(tiny_models, ca
 def test_hessians_are_the_second_moment_of_the_inputs():
     linear = torch.nn.Linear(6, 2)
     x = torch.randn(5, 7, 6)
-    with HessianCollector([("x", linear)], {"x": (None, 1)}) as collector:
+    with InputCollector([("x", linear)], {"x": InputAxes(None, 1)}) as collector:
         linear(x[:2])
         linear(x[2:])
     flat = x.reshape(-1, 6)
     linear(x)
-    assert collector.tokens["x"] == 35
-    torch.testing.assert_close(collector.take("x", 6), flat.T @ flat / 35)
+    assert collector.tokens("x") == 35
+    torch.testing.assert_close(collector.take("x", 6).hessian, flat.T @ flat / 35)
 
 
 def test_the_log_holds_one_line_per_tensor(tiny_models, calibration_text, tmp_path):

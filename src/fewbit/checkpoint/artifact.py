@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class QuantizedModule:
 
 
 def modules_to_json(modules: list[QuantizedModule]) -> dict[str, Any]:
-    return {module.name: {"kind": module.kind, **asdict(module.spec)} for module in modules}
+    return {module.name: {"kind": module.kind, **module.spec.to_json()} for module in modules}
 
 
 def modules_from_json(data: dict[str, Any]) -> dict[str, QuantizedModule]:
@@ -58,12 +58,11 @@ def modules_from_json(data: dict[str, Any]) -> dict[str, QuantizedModule]:
             fields = dict(entry)
             kind = fields.pop("kind")
             spec = TensorSpec(**fields)
-            expected = get_format(spec.format).spec(spec.rows, spec.cols, spec.bits)
+            accepted = get_format(spec.format).accepts(spec)
         except (TypeError, KeyError, ValueError, FewbitError) as error:
             raise CorruptFile(f"{name}: its entry in quantization_config is not valid ({error})") from error
-        # Block 1 is a matrix that was not rotated.
-        if spec not in (expected, replace(expected, block=1)):
-            raise CorruptFile(f"{name}: {spec} disagrees with what {spec.format} prescribes, {expected}")
+        if not accepted:
+            raise CorruptFile(f"{name}: {spec} disagrees with what the format {spec.format} prescribes")
         modules[name] = QuantizedModule(name, spec, kind)
     return modules
 

@@ -8,12 +8,14 @@ asks for it; they read and write no files and know nothing about models.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.math.hadamard import MIN_BLOCK, rotation_block, scale_group
+from fewbit.math.rounding import Quantized, Rows, inverse_factor, quantize_matrix
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class TensorSpec:
     """How one weight matrix `[rows, cols]` is stored.
 
     `block` is the rotation block along the inputs (1: not rotated) and `group` the number of inputs
-    that share one scale.
+    that share one scale. `rank` is that of a low-rank branch (0: none), and `act_bits` the width that the format
+    quantizes inputs to (0: the format leaves that open).
     """
 
     format: str
@@ -30,10 +33,17 @@ class TensorSpec:
     cols: int
     block: int
     group: int
+    rank: int = 0
+    act_bits: int = 0
 
     @property
     def groups(self) -> int:
         return self.cols // self.group
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint's configuration says of it; fields that say nothing are left out."""
+        optional = ("rank", "act_bits")
+        return {name: value for name, value in asdict(self).items() if value or name not in optional}
 
 
 @dataclass
@@ -48,6 +58,24 @@ class EncodedGroup:
     parts: dict[str, torch.Tensor]
     values: torch.Tensor
     error: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration saw of one input, on its rotated axes and as the format quantizes it.
+
+    `hessian` is the second moment float32 `[K, K]` over `tokens` tokens, and `held [n, K]` some of those inputs. A
+    format that quantizes inputs has them shifted by `shift`, float32 `[K]` on the inputs' own axes; `mean [K]`, on the
+    same axes, is the mean of the inputs without shift, and `mean_quantized [K]`, on the rotated ones, that of the
+    quantized inputs.
+    """
+
+    hessian: torch.Tensor
+    tokens: int
+    held: torch.Tensor
+    shift: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    mean_quantized: torch.Tensor | None = None
 
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -75,27 +103,30 @@ class Format(ABC):
         group = scale_group(cols, block, self.group_limit)
         return TensorSpec(self.name, bits, rows, cols, block if self.rotated else 1, group)
 
+    def accepts(self, spec: TensorSpec) -> bool:
+        """Whether a matrix can be stored like that."""
+        expected = self.spec(spec.rows, spec.cols, spec.bits)
+        # Block 1 is a matrix that was not rotated.
+        return spec in (expected, replace(expected, block=1))
+
     @abstractmethod
     def layout(self, spec: TensorSpec) -> Layout:
         """Shape and dtype of every stored part."""
 
-    def tensor_scale(self, weight: torch.Tensor, spec: TensorSpec) -> float:
-        """The factor that all scales of this tensor share (1 where the format stores none)."""
-        return 1.0
+    @abstractmethod
+    def calibration(self, inputs: InputStatistics, damping: float) -> dict[str, torch.Tensor]:
+        """What `quantize` wants to know of a linear's inputs, as tensors that go through a file; `damping` is relative
+        to the mean of the Hessian's diagonal."""
 
     @abstractmethod
-    def encode_group(
-        self, weight: torch.Tensor, spec: TensorSpec, tensor_scale: float, factor: torch.Tensor | None
-    ) -> EncodedGroup:
-        """Encode one group of columns.
+    def quantize(
+        self, weight: Rows, spec: TensorSpec, signs: torch.Tensor | None, calibration: dict[str, torch.Tensor]
+    ) -> Quantized:
+        """Round a matrix that is given by rows `[rows, cols]` on the inputs' own axes.
 
-        `weight` is float32 `[rows, group]`; `factor` is the upper triangular `U [group, group]` of the
-        inverse Hessian's Cholesky factor restricted to these columns, or None for plain rounding.
+        `signs` is float32 `[cols]` where the format rotates, and `calibration` what the method of that name made, or
+        empty for plain rounding. The result's `values` may be empty: its parts decode. Raises `NonFiniteWeights`.
         """
-
-    @abstractmethod
-    def assemble(self, groups: list[EncodedGroup], spec: TensorSpec, tensor_scale: float) -> dict[str, torch.Tensor]:
-        """Join the groups, in order along the inputs, into the parts that `layout` names."""
 
     @abstractmethod
     def dequantize(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
@@ -104,12 +135,6 @@ class Format(ABC):
     def dequantize_rows(self, parts: dict[str, torch.Tensor], spec: TensorSpec, rows: torch.Tensor) -> torch.Tensor:
         """Some rows (int64 `[n]`) as float32 `[n, cols]`, still rotated; the default decodes everything."""
         return self.dequantize(parts, spec)[rows]
-
-    def rescale(self, parts: dict[str, torch.Tensor], spec: TensorSpec, gain: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same codes with the decoded weights of every (row, group) times `gain`, float32 `[rows, groups]`; the
-        default scales the part `scales`, fp16 `[rows, groups]`."""
-        scaled = (parts["scales"].float() * gain.clamp(min=0)).clamp(max=torch.finfo(torch.float16).max)
-        return {**parts, "scales": scaled.half()}
 
     def slice_rows(
         self, parts: dict[str, torch.Tensor], spec: TensorSpec, start: int, stop: int
@@ -133,6 +158,43 @@ class Format(ABC):
         return total
 
 
+class GroupFormat(Format):
+    """A format that encodes groups of columns one after the other, with error feedback between them."""
+
+    def tensor_scale(self, weight: torch.Tensor, spec: TensorSpec) -> float:
+        """The factor that all scales of this tensor share (1 where the format stores none)."""
+        return 1.0
+
+    @abstractmethod
+    def encode_group(
+        self, weight: torch.Tensor, spec: TensorSpec, tensor_scale: float, factor: torch.Tensor | None
+    ) -> EncodedGroup:
+        """Encode one group of columns.
+
+        `weight` is float32 `[rows, group]`; `factor` is the upper triangular `U [group, group]` of the
+        inverse Hessian's Cholesky factor restricted to these columns, or None for plain rounding.
+        """
+
+    @abstractmethod
+    def assemble(self, groups: list[EncodedGroup], spec: TensorSpec, tensor_scale: float) -> dict[str, torch.Tensor]:
+        """Join the groups, in order along the inputs, into the parts that `layout` names."""
+
+    def rescale(self, parts: dict[str, torch.Tensor], spec: TensorSpec, gain: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same codes with the decoded weights of every (row, group) times `gain`, float32 `[rows, groups]`; the
+        default scales the part `scales`, fp16 `[rows, groups]`."""
+        most = torch.finfo(torch.float16).max
+        scaled = (parts["scales"].float() * gain.clamp(min=0)).clamp(-most, most)
+        return {**parts, "scales": scaled.half()}
+
+    def calibration(self, inputs: InputStatistics, damping: float) -> dict[str, torch.Tensor]:
+        return {"factor": inverse_factor(inputs.hessian, damping)}
+
+    def quantize(
+        self, weight: Rows, spec: TensorSpec, signs: torch.Tensor | None, calibration: dict[str, torch.Tensor]
+    ) -> Quantized:
+        return quantize_matrix(self, weight, spec, signs, calibration.get("factor"))
+
+
 _FORMATS: dict[str, Format] = {}
 
 
@@ -147,3 +209,11 @@ def get_format(name: str) -> Format:
     if name not in _FORMATS:
         raise UsageError(f"unknown format '{name}': known are {', '.join(sorted(_FORMATS))}")
     return _FORMATS[name]
+
+
+def group_format(name: str) -> GroupFormat:
+    """The same for formats that encode groups of columns."""
+    found = get_format(name)
+    if not isinstance(found, GroupFormat):
+        raise UsageError(f"format {name} does not encode groups of columns")
+    return found

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from fewbit.formats.base import EncodedGroup, Format, TensorSpec
+from fewbit.formats.base import EncodedGroup, GroupFormat, TensorSpec
 
 
-class RowwiseFormat(Format):
+class RowwiseFormat(GroupFormat):
     """A format whose parts are all `[N, ...]`, but for those named in `shared`, which every row needs."""
 
     shared: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from importlib import resources
 import torch
 
 from fewbit.errors import CorruptFile, NonFiniteWeights, UsageError
-from fewbit.formats.base import EncodedGroup, Format, Layout, TensorSpec, register
+from fewbit.formats.base import EncodedGroup, GroupFormat, Layout, TensorSpec, register
 from fewbit.formats.bits import pack_bits, unpack_bits
 from fewbit.ops.extension import load_native
 
@@ -252,7 +252,7 @@ def dequantize_torch(
 
 
 @register
-class TrellisFormat(Format):
+class TrellisFormat(GroupFormat):
     """Trellis-coded weights; parts are `codes`, `scales`, `scale` and `tables`.
 
     A group's scale is first its RMS over the table units per sigma, measured when the group is encoded (so

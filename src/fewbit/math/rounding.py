@@ -18,7 +18,7 @@ from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.math.hadamard import rotate
 
 if TYPE_CHECKING:
-    from fewbit.formats.base import Format, TensorSpec
+    from fewbit.formats.base import Format, GroupFormat, TensorSpec
 
 MAX_DAMPING = 10.0
 CHUNK_WEIGHTS = 1 << 23  # weights of a matrix that are rounded at once; bounds the memory of large tables
@@ -164,7 +164,7 @@ def round_integers(
     `weight` is float32 `[rows, group]`, `step` float32 `[rows, 1]` (0: all integers are 0). Returns the integers, int8
     in `least`..`most`, the values `integers * step`, and the feedback of `round_in_chunks` (None without a factor).
     """
-    inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
+    inverse = torch.where(step != 0, 1.0 / step, torch.zeros_like(step))
     codes = torch.empty_like(weight, dtype=torch.int8)
 
     def quantize(start: int, columns: torch.Tensor) -> torch.Tensor:
@@ -179,7 +179,7 @@ def round_integers(
 
 
 def quantize_rotated(
-    fmt: Format,
+    fmt: GroupFormat,
     weight: torch.Tensor,
     spec: TensorSpec,
     factor: torch.Tensor | None = None,
@@ -236,7 +236,7 @@ class Rows(Protocol):
 
 
 def quantize_matrix(
-    fmt: Format,
+    fmt: GroupFormat,
     weight: Rows,
     spec: TensorSpec,
     signs: torch.Tensor | None = None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbit.errors import UsageError
-from fewbit.formats import get_format
+from fewbit.formats import group_format
 from fewbit.math.rounding import quantize_rotated
 
 SAMPLE = (64, 1024)
@@ -35,7 +35,7 @@ class Choice:
 @functools.cache
 def code_error(code: str, bits: int) -> float:
     """The squared error of a format on Gaussian weights, relative to their energy."""
-    weight_format = get_format(code)
+    weight_format = group_format(code)
     weight = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
     return quantize_rotated(weight_format, weight, weight_format.spec(*SAMPLE, bits)).relative_error
 

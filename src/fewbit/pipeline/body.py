@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.checkpoint.artifact import QuantizedModule
 from fewbit.checkpoint.store import write_tensors
 from fewbit.errors import CorruptFile
-from fewbit.math.rounding import inverse_factor
+from fewbit.formats import get_format
+from fewbit.modules import FewbitLinear
 from fewbit.pipeline.batches import BatchFiles
-from fewbit.pipeline.calibrate import HessianCollector, LayerStream
+from fewbit.pipeline.calibrate import InputAxes, InputCollector, LayerStream
 from fewbit.pipeline.damping import choose_damping
 from fewbit.pipeline.executors import Executor
-from fewbit.pipeline.jobs import RoundJob, read_shard, shard_path, tensor_signs
+from fewbit.pipeline.jobs import RoundJob, Shard, read_shard, shard_path, tensor_signs
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
 
@@ -44,6 +46,7 @@ class Body:
         self.hidden = BatchFiles(work / "hidden")
         self.spilled = BatchFiles(work / "spilled")
         self.resumed = 0
+        self._replaced: dict[str, nn.Module] = {}
 
     def run(self) -> None:
         """Round every layer that is not yet done; afterwards the hidden states behind the last layer are on disk."""
@@ -57,6 +60,7 @@ class Body:
                 self._sequential_layer(index)
             else:
                 self._independent_layer(index)
+            self._put_back()
             self.stream.unload(prefix)
             self.hidden.discard(index)
 
@@ -115,7 +119,7 @@ class Body:
         # The hidden states say that the layer is done, so they get their name after the last shard.
         with self.hidden.writing(index + 1) as write:
 
-            def measure() -> HessianCollector:
+            def measure() -> InputCollector:
                 with self._collector(groups) as collector:
                     for number in range(len(self.stream.batches)):
                         hidden = self.hidden.read(index, number)["hidden"]
@@ -135,7 +139,7 @@ class Body:
         """
         module: Any = self._module(group[0])
 
-        def measure() -> HessianCollector:
+        def measure() -> InputCollector:
             with self._collector([group]) as collector:
                 self._spill(index, module)
             return collector
@@ -147,7 +151,7 @@ class Body:
         with self.hidden.writing(index + 1) as write:
             for number in range(len(self.stream.batches)):
                 parts = self.spilled.read(0, number)
-                output = nn.functional.linear(parts["inputs"].float(), module.weight, module.bias)
+                output = self._module(group[0])(parts["inputs"].float())
                 write(number, {"hidden": parts["stream"] + output.view(parts["stream"].shape)})
                 self.progress.advance()
         self.spilled.discard(0)
@@ -162,14 +166,15 @@ class Body:
                 write(number, {"stream": stream, "inputs": inputs[0].to(torch.bfloat16)})
                 self.progress.advance()
 
-    def _collector(self, groups: list[Group]) -> HessianCollector:
-        rotations = {}
+    def _collector(self, groups: list[Group]) -> InputCollector:
+        axes = {}
         for group in groups:
-            assert group[0].spec is not None
-            rotations[group[0].shared_input] = (tensor_signs(group[0]), group[0].spec.block)
-        return HessianCollector([(group[0].shared_input, self._module(group[0])) for group in groups], rotations)
+            spec = group[0].spec
+            assert spec is not None
+            axes[group[0].shared_input] = InputAxes(tensor_signs(group[0]), spec.block, spec.group, spec.act_bits)
+        return InputCollector([(group[0].shared_input, self._module(group[0])) for group in groups], axes)
 
-    def _measure(self, index: int, groups: list[Group]) -> HessianCollector:
+    def _measure(self, index: int, groups: list[Group]) -> InputCollector:
         """Run the layer as far as the inputs of `groups`."""
         # The experts' inputs come one after the other, so only a single input ends the pass early.
         stop = self._module(groups[0][0]) if len(groups) == 1 else None
@@ -178,7 +183,7 @@ class Body:
                 self.stream.run_layer(index, self.hidden.read(index, number)["hidden"], stop)
         return collector
 
-    def _round(self, groups: list[Group], measure: Callable[[], HessianCollector], install: bool = True) -> bool:
+    def _round(self, groups: list[Group], measure: Callable[[], InputCollector], install: bool = True) -> bool:
         """Round the groups' tensors unless their shards are there, and put what they decode to into the layer.
 
         Returns whether anything had to be measured.
@@ -192,36 +197,52 @@ class Body:
             del collector
             for record in self.executor.run(jobs):
                 self.progress.tensor(record)
-            for factor in {job.factor for job in jobs}:
-                (self.work / factor).unlink()
+            for calibration in {job.calibration for job in jobs}:
+                (self.work / calibration).unlink()
         for tensor in (tensor for group in groups for tensor in group if install):
             shard = read_shard(self.work, self.plan, tensor)
             if shard is None:
                 raise CorruptFile(f"{shard_path(self.work, tensor)} cannot be read back; check the disk and repeat")
-            module: Any = self._module(tensor)
-            module.weight.data = shard.weight(tensor)
+            self._install(tensor, shard)
         return any(missing)
 
-    def _jobs(self, group: Group, missing: Group, collector: HessianCollector) -> Iterator[RoundJob]:
-        """One job per missing tensor, once the factor that the group shares is on disk.
+    def _install(self, tensor: PlannedTensor, shard: Shard) -> None:
+        """Let the layer compute with a rounded tensor, quantized inputs included where the format has them."""
+        module: Any = self._module(tensor)
+        if tensor.spec is None or not tensor.spec.act_bits:
+            module.weight.data = shard.weight(tensor)
+            return
+        packed = FewbitLinear(QuantizedModule(tensor.module, tensor.spec, tensor.kind), False, torch.float32)
+        for name, part in shard.parts.items():
+            setattr(packed, name, part)
+        packed.bias = module.bias
+        self._replaced[tensor.module] = module
+        self.stream.model.set_submodule(tensor.module, packed)
+
+    def _put_back(self) -> None:
+        """The layer's own linears in the place of packed ones."""
+        for name, module in self._replaced.items():
+            self.stream.model.set_submodule(name, module)
+        self._replaced.clear()
+
+    def _jobs(self, group: Group, missing: Group, collector: InputCollector) -> Iterator[RoundJob]:
+        """One job per missing tensor, once what the group shares is on disk.
 
         The whole group chooses the damping, so that a run that goes on chooses as one that was never stopped.
         """
         key, spec = group[0].shared_input, group[0].spec
         assert spec is not None
-        tokens = collector.tokens[key]
-        hessian = collector.take(key, spec.cols)
-        damping = self.plan.options["damping"]
+        inputs = collector.take(key, spec.cols)
+        tokens, damping = inputs.tokens, self.plan.options["damping"]
         if damping == "auto":
-            held = collector.held.pop(key, torch.empty(0, spec.cols))
             # Over the whole group, so that a run that goes on in the middle of one chooses the same.
-            damping = choose_damping(self.stream.source, group, hessian, held, tokens)
-        factor = f"factor-{key}.safetensors"
-        inverse = inverse_factor(hessian, damping)
-        del hessian
-        write_tensors(self.work / factor, {"factor": inverse})
+            damping = choose_damping(self.stream.source, group, inputs)
+        calibration = f"calibration-{key}.safetensors"
+        wanted = get_format(spec.format).calibration(inputs, damping)
+        del inputs
+        write_tensors(self.work / calibration, wanted)
         for tensor in missing:
-            yield RoundJob(str(self.work), tensor.name, factor, (("tokens", tokens), ("damping", damping)))
+            yield RoundJob(str(self.work), tensor.name, calibration, (("tokens", tokens), ("damping", damping)))
 
     def head_hessian(self) -> torch.Tensor:
         """The second moment of the output head's inputs, on their own axes, float32 `[hidden, hidden]`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from fewbit.checkpoint.source import Source, SourceRows
 from fewbit.errors import NonFiniteWeights
 from fewbit.experts import separate_experts
-from fewbit.math.hadamard import rotate
+from fewbit.formats.base import InputStatistics
+from fewbit.math.hadamard import pack_signs, rotate
+from fewbit.math.inputs import quantized_inputs
 from fewbit.models import Family
 
 WINDOWS_PER_BATCH = 4
@@ -202,65 +205,106 @@ def _set_parameter(part: nn.Module, name: str, tensor: torch.Tensor) -> None:
     part.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
-class HessianCollector:
-    """Sums `x' x'^T` over the (rotated) inputs of chosen linears while a layer runs; float32 `[K, K]` each.
+@dataclass(frozen=True)
+class InputAxes:
+    """How a format sees an input: `signs` float32 `[K]` and `block` of its rotation (None and 1: none), and where it
+    quantizes inputs, to `act_bits` in groups of `group`."""
 
-    The last inputs seen are kept as well, at most `HELD_TOKENS`, to choose the damping by.
+    signs: torch.Tensor | None
+    block: int
+    group: int = 0
+    act_bits: int = 0
+
+    def seen(self, x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """Inputs float32 `[n, K]`, less `shift [K]`, on those axes and rounded as the format does."""
+        if self.act_bits:
+            signs = None if self.signs is None else pack_signs(self.signs)
+            return quantized_inputs(x, signs, self.block, self.group, self.act_bits, shift)
+        return x if self.signs is None else rotate(x, self.signs, self.block)
+
+
+class _Sums:
+    """Running sums over one input."""
+
+    def __init__(self, x: torch.Tensor, axes: InputAxes) -> None:
+        size = x.shape[1]
+        self.tokens = 0
+        self.products = torch.zeros(size, size)
+        self.held = torch.empty(0, size)
+        self.shift: torch.Tensor | None = None
+        if axes.act_bits:
+            # The mean of the first batch will do: whatever it is, the outputs' offset makes up for it.
+            most = torch.finfo(torch.float16).max
+            self.shift = x.mean(0).clamp(-most, most).half().float()
+            self.plain, self.quantized = torch.zeros(size), torch.zeros(size)
+
+    def add(self, x: torch.Tensor, axes: InputAxes) -> None:
+        seen = axes.seen(x, self.shift)
+        if self.shift is not None:
+            self.plain += x.sum(0)
+            self.quantized += seen.sum(0)
+        for start in range(0, x.shape[1], PANEL):
+            # The sum is symmetric, so only what lies on and right of the diagonal is computed.
+            self.products[start : start + PANEL, start:].addmm_(seen[:, start : start + PANEL].T, seen[:, start:])
+        self.tokens += x.shape[0]
+        self.held = seen[-HELD_TOKENS:].clone()
+
+    def moment(self) -> torch.Tensor:
+        """The second moment, in the place of the sums."""
+        total, size = self.products, self.products.shape[0]
+        for start in range(0, size, PANEL):
+            stop = min(start + PANEL, size)
+            total[stop:, start:stop] = total[start:stop, stop:].T
+            # One product gave both halves of a block on the diagonal, not always rounded the same.
+            block = total[start:stop, start:stop]
+            total[start:stop, start:stop] = block.triu() + block.triu(1).T
+        return total.div_(self.tokens)
+
+
+class InputCollector:
+    """Sums what rounding wants to know over the inputs of chosen linears while a layer runs.
+
+    The last inputs seen are kept as well, at most `HELD_TOKENS`.
     """
 
-    def __init__(
-        self, linears: Iterable[tuple[str, nn.Module]], rotations: dict[str, tuple[torch.Tensor | None, int]]
-    ) -> None:
-        """`rotations` holds signs float32 `[K]` (None: not rotated) and block for every key of `linears`."""
-        self.tokens: dict[str, int] = {}
-        self.held: dict[str, torch.Tensor] = {}
-        self._sums: dict[str, torch.Tensor] = {}
-        self._rotations = rotations
-        self._handles = []
-        for key, module in linears:
-            self.tokens[key] = 0
-            self._handles.append(module.register_forward_pre_hook(self._hook(key)))
+    def __init__(self, linears: Iterable[tuple[str, nn.Module]], axes: dict[str, InputAxes]) -> None:
+        """`axes` holds an entry for every key of `linears`."""
+        self._axes = axes
+        self._sums: dict[str, _Sums] = {}
+        self._handles = [module.register_forward_pre_hook(self._hook(key)) for key, module in linears]
 
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def accumulate(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            signs, block = self._rotations[key]
-            if signs is not None:
-                # Autocast, under which the layer runs, would rotate in bfloat16 and return that.
-                with torch.autocast("cpu", enabled=False):
-                    x = rotate(x, signs, block)
-            size = x.shape[1]
-            if key not in self._sums:
-                self._sums[key] = torch.zeros(size, size)
-            for start in range(0, size, PANEL):
-                # The sum is symmetric, so only what lies on and right of the diagonal is computed.
-                self._sums[key][start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
-            self.tokens[key] += x.shape[0]
-            self.held[key] = x[-HELD_TOKENS:].clone()
+            if not x.shape[0]:
+                return
+            # Autocast, under which the layer runs, would rotate in bfloat16 and return that.
+            with torch.autocast("cpu", enabled=False):
+                self._sums.setdefault(key, _Sums(x, self._axes[key])).add(x, self._axes[key])
 
         return accumulate
 
-    def __enter__(self) -> HessianCollector:
+    def __enter__(self) -> InputCollector:
         return self
 
     def __exit__(self, *unused: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def take(self, key: str, size: int) -> torch.Tensor:
-        """The second moment `E[x' x'^T]`, float32 `[size, size]`; may be called once.
+    def tokens(self, key: str) -> int:
+        return self._sums[key].tokens if key in self._sums else 0
 
-        Inputs that no token reached (an expert that was never chosen) give the identity: a neutral prior, under
-        which every weight counts the same.
+    def take(self, key: str, size: int) -> InputStatistics:
+        """The statistics of an input of `size` channels; may be called once.
+
+        Inputs that no token reached (an expert that was never chosen) have the identity as second moment: a neutral
+        prior, under which every weight counts the same.
         """
-        if self.tokens[key] == 0:
-            return torch.eye(size)
-        total = self._sums.pop(key)
-        for start in range(0, size, PANEL):
-            stop = min(start + PANEL, size)
-            total[stop:, start:stop] = total[start:stop, stop:].T
-            # One product gave both halves of a block on the diagonal, not always rounded the same.
-            total[start:stop, start:stop] = (
-                total[start:stop, start:stop].triu() + total[start:stop, start:stop].triu(1).T
-            )
-        return total.div_(self.tokens[key])
+        sums = self._sums.pop(key, None)
+        if sums is None:
+            zero = torch.zeros(size) if self._axes[key].act_bits else None
+            return InputStatistics(torch.eye(size), 0, torch.empty(0, size), zero, zero, zero)
+        if sums.shift is None:
+            return InputStatistics(sums.moment(), sums.tokens, sums.held)
+        means = sums.plain / sums.tokens, sums.quantized / sums.tokens
+        return InputStatistics(sums.moment(), sums.tokens, sums.held, sums.shift, *means)

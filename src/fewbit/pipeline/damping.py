@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from fewbit.checkpoint.source import Source, SourceRows
-from fewbit.formats import get_format
+from fewbit.formats import GroupFormat, get_format, group_format
+from fewbit.formats.base import InputStatistics
 from fewbit.math.hadamard import rotate
 from fewbit.math.rounding import inverse_factor, quantize_rotated
 from fewbit.pipeline.jobs import tensor_signs
@@ -24,16 +25,16 @@ WORTH = 0.99  # another candidate has to leave less than this share of the usual
 SAMPLE_ROWS, SAMPLE_COLS = 64, 2048
 
 
-def choose_damping(
-    source: Source, tensors: Sequence[PlannedTensor], hessian: torch.Tensor, held: torch.Tensor, tokens: int
-) -> float:
-    """The candidate with the least output error on `held` inputs, or the usual one where that is a matter of luck.
+def choose_damping(source: Source, tensors: Sequence[PlannedTensor], inputs: InputStatistics) -> float:
+    """The candidate with the least output error on held inputs, or the usual one where that is a matter of luck.
 
-    `tensors` read one input whose (rotated) second moment over `tokens` tokens is `hessian`, float32 `[K, K]`;
-    `held [n, K]` are some of those tokens, and are taken out of the Hessian for the choice.
+    `tensors` read the input that `inputs` tell of; the held ones are taken out of the Hessian for the choice. Formats
+    that round whole matrices get the usual damping.
     """
+    hessian, held, tokens = inputs.hessian, inputs.held, inputs.tokens
     cols = min(hessian.shape[0], SAMPLE_COLS)
-    if held.shape[0] >= tokens:
+    grouped = all(tensor.spec and isinstance(get_format(tensor.spec.format), GroupFormat) for tensor in tensors)
+    if held.shape[0] >= tokens or not grouped:
         return USUAL
     samples = []
     for tensor in tensors:
@@ -49,7 +50,7 @@ def choose_damping(
         for spec, weight in samples:
             weight = weight[:, :cols]
             small = replace(spec, rows=weight.shape[0], cols=cols)
-            values = quantize_rotated(get_format(spec.format), weight, small, factor).values
+            values = quantize_rotated(group_format(spec.format), weight, small, factor).values
             loss += float((seen @ (values - weight).T).double().square().sum())
         losses[damping] = loss
     best = min(losses, key=losses.__getitem__)

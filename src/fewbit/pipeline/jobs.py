@@ -1,6 +1,6 @@
 """One tensor's rounding as a function of files, so that any process on any machine may do it.
 
-A job reads the plan, the source's rows and the factor of the inverse Hessian, and writes a shard. What it
+A job reads the plan, the source's rows and what calibration made of their inputs, and writes a shard. What it
 writes depends on nothing else: not on the executor, not on the number of threads.
 """
 
@@ -20,7 +20,7 @@ from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
 from fewbit.errors import CorruptFile, NonFiniteWeights
 from fewbit.formats import get_format
 from fewbit.math.hadamard import pack_signs, random_signs, unrotate
-from fewbit.math.rounding import decoded_error, quantize_matrix
+from fewbit.math.rounding import decoded_error
 from fewbit.pipeline.plan import Plan, PlannedTensor
 
 PLAN_FILE = "plan.json"
@@ -28,14 +28,15 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True)
 class RoundJob:
-    """Round the tensor `name` of the plan in `work`; `factor` is a file in `work` or "" for plain rounding.
+    """Round the tensor `name` of the plan in `work`; `calibration` is a file in `work` with what the format made of the
+    input's statistics, or "" for plain rounding.
 
     `facts` are recorded with the result.
     """
 
     work: str
     name: str
-    factor: str = ""
+    calibration: str = ""
     facts: tuple[tuple[str, float], ...] = ()
 
 
@@ -65,10 +66,11 @@ def round_tensor(job: RoundJob) -> dict[str, Any]:
     tensor = tensors[job.name]
     spec = tensor.spec
     assert spec is not None
-    factor = read_tensors(work / job.factor)[0]["factor"] if job.factor else None
+    calibration = read_tensors(work / job.calibration)[0] if job.calibration else {}
     signs = tensor_signs(tensor)
     try:
-        quantized = quantize_matrix(get_format(spec.format), SourceRows(source, tensor.name), spec, signs, factor)
+        rows = SourceRows(source, tensor.name)
+        quantized = get_format(spec.format).quantize(rows, spec, signs, calibration)
     except NonFiniteWeights as error:
         raise NonFiniteWeights(f"{tensor.name} holds NaN or infinity; the source model is damaged") from error
     parts = {f"{tensor.module}.{name}": part for name, part in quantized.parts.items()}

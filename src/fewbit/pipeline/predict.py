@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fewbit.formats import get_format
+from fewbit.formats import GroupFormat, get_format, group_format
 from fewbit.math.rounding import CHUNK_WEIGHTS, inverse_factor, quantize_rotated
 from fewbit.pipeline.calibrate import WINDOWS_PER_BATCH, bfloat16_products
 from fewbit.pipeline.plan import Plan, PlannedTensor
@@ -105,7 +105,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _encoding_rate(name: str, bits: int, feedback: bool) -> float:
     """Weights per second of a format on a small sample."""
-    weight_format = get_format(name)
+    found = get_format(name)
+    weight_format = found if isinstance(found, GroupFormat) else group_format("int4")
     spec = weight_format.spec(SAMPLE_ROWS, SAMPLE_COLS, bits)
     weight = torch.randn(SAMPLE_ROWS, SAMPLE_COLS)
     factor = inverse_factor(torch.eye(SAMPLE_COLS)) if feedback else None

@@ -63,32 +63,32 @@ class ShardMaker:
         fed_back = [tensor for tensor in tables if tensor.kind == "head" or self.source.tied_embeddings]
         if self._body is not None and fed_back:
             missing = [tensor for tensor in fed_back if read_shard(self.work, self.plan, tensor) is None]
-            factor = self._head_factor(self._body, missing[0]) if missing else ""
-            self._round_all("rounding the output head", fed_back, factor)
-            if factor:
-                (self.work / factor).unlink()
+            calibration = self._head_calibration(self._body, missing[0]) if missing else ""
+            self._round_all("rounding the output head", fed_back, calibration)
+            if calibration:
+                (self.work / calibration).unlink()
             tables = [tensor for tensor in tables if tensor not in fed_back]
         if tables:
             self._round_all("rounding the embeddings", tables, "")
 
-    def _head_factor(self, body: Body, tensor: PlannedTensor) -> str:
+    def _head_calibration(self, body: Body, tensor: PlannedTensor) -> str:
         assert tensor.spec is not None
         hessian, signs = body.head_hessian(), tensor_signs(tensor)
         if signs is not None:
             hessian = rotate_hessian(hessian, signs, tensor.spec.block)
         damping = self.plan.options["damping"]
-        name = "factor-head.safetensors"
+        name = "calibration-head.safetensors"
         factor = inverse_factor(hessian, USUAL if damping == "auto" else damping)
         write_tensors(self.work / name, {"factor": factor})
         return name
 
-    def _round_all(self, title: str, tensors: list[PlannedTensor], factor: str) -> None:
+    def _round_all(self, title: str, tensors: list[PlannedTensor], calibration: str) -> None:
         """Round tensors that do not wait for one another."""
         self.progress.stage(title, len(tensors))
         missing = [tensor for tensor in tensors if read_shard(self.work, self.plan, tensor) is None]
         self.resumed += len(tensors) - len(missing)
         self.progress.advance(len(tensors) - len(missing))
-        jobs = [RoundJob(str(self.work), tensor.name, factor) for tensor in missing]
+        jobs = [RoundJob(str(self.work), tensor.name, calibration) for tensor in missing]
         for record in self.executor.run(jobs):
             self.progress.tensor(record)
             self.progress.advance()

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import read_json, read_tensors, write_json, write_tensors
 from fewbit.errors import CorruptFile
-from fewbit.formats import get_format
+from fewbit.formats import group_format
 from fewbit.models import get_family
 from fewbit.pipeline.batches import BatchFiles
 from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
@@ -301,7 +301,7 @@ class Tuner:
             if gain is None or tensor.spec is None:
                 continue
             shard = self._shard(tensor)
-            parts = get_format(tensor.spec.format).rescale(shard.parts, tensor.spec, gain)
+            parts = group_format(tensor.spec.format).rescale(shard.parts, tensor.spec, gain)
             error = relative_error(self.source, tensor, parts)
             named = {f"{tensor.module}.{name}": part for name, part in parts.items()}
             write_shard(self.work / TUNED, self.plan, tensor, named, {**shard.facts, "relative_error": error})

@@ -1,0 +1,172 @@
+"""TwinQuant (arXiv 2606.01556): a low-rank branch and a residual, both in four bits, with quantized inputs.
+
+`W ~ R + V U` for `W [N, K]`: `U [r, K]` gives r more inputs `h = U x`, and `[R, V]`, side by side, is one matrix of
+K + r inputs. Inputs are shifted, rotated where the block says so, and quantized to `act_bits`, and so is h.
+
+Stored: `codes`, `scales` and `scale` of `[R, V]` as the int4 format has them for K + r inputs; with a branch
+`down_codes`, `down_scales` and `down_scale` of U; `shift` fp16 `[K]`, which is subtracted from the inputs on their own
+axes; and `offset` fp32 `[N]`, which is added to the outputs and gives back what the shift took away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fewbit.errors import NonFiniteWeights, UsageError
+from fewbit.formats.base import Format, InputStatistics, Layout, TensorSpec, get_format, group_format, register
+from fewbit.math.hadamard import rotate
+from fewbit.math.inputs import quantized_inputs
+from fewbit.math.lowrank import balanced, fitted_up, leading_directions
+from fewbit.math.rounding import Quantized, Rows, energy, inverse_factor, quantize_rotated
+
+ACT_BITS = (4, 8, 16)
+DOWN = "down_"
+GAUSSIAN_ERROR = 0.0093  # of int4 in groups of 128, relative to the energy
+USUAL_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Components:
+    """The three matrices, float32: `down [r, K]` (U), `up [N, r]` (V) and `residual [N, K]` (R)."""
+
+    residual: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+@register
+class TwinQuant(Format):
+    """4.125 bits per weight of `[R, V]` and U in groups of 128; see the module for the parts."""
+
+    name = "twinquant"
+    bits = (4,)
+    group_limit = 128
+
+    def spec(self, rows: int, cols: int, bits: int, rank: int = 0, act_bits: int = 8) -> TensorSpec:
+        """As for int4, with a branch of at most `rank`: a multiple of the group, at most a quarter of the narrower
+        side, so that narrow matrices go without."""
+        if act_bits not in ACT_BITS:
+            raise UsageError(f"inputs are quantized to 4, 8 or 16 bits, not {act_bits}")
+        if rank < 0:
+            raise UsageError(f"the rank of a branch cannot be {rank}")
+        plain = get_format("int4").spec(rows, cols, bits)
+        fitting = min(rank, min(rows, cols) // 4) // plain.group * plain.group
+        return replace(plain, format=self.name, rank=fitting, act_bits=act_bits)
+
+    def accepts(self, spec: TensorSpec) -> bool:
+        expected = self.spec(spec.rows, spec.cols, spec.bits, spec.rank, spec.act_bits)
+        return spec in (expected, replace(expected, block=1))
+
+    def layout(self, spec: TensorSpec) -> Layout:
+        both = get_format("int4").layout(both_spec(spec))
+        down = get_format("int4").layout(down_spec(spec)) if spec.rank else {}
+        return {
+            **both,
+            **{DOWN + name: part for name, part in down.items()},
+            "shift": ((spec.cols,), torch.float16),
+            "offset": ((spec.rows,), torch.float32),
+        }
+
+    def calibration(self, inputs: InputStatistics, damping: float) -> dict[str, torch.Tensor]:
+        assert inputs.shift is not None
+        assert inputs.mean is not None
+        assert inputs.mean_quantized is not None
+        return {
+            "hessian": inputs.hessian,
+            "held": inputs.held,
+            "shift": inputs.shift.half(),
+            "mean": inputs.mean,
+            "mean_quantized": inputs.mean_quantized,
+            "damping": torch.tensor([damping]),
+        }
+
+    def quantize(
+        self, weight: Rows, spec: TensorSpec, signs: torch.Tensor | None, calibration: dict[str, torch.Tensor]
+    ) -> Quantized:
+        """See `Format.quantize`. Error feedback runs over V first and then over R, with the second moment of
+        `[h, x]`, so that R repays what the rounding of U and V lost."""
+        plain = weight[0 : spec.rows].float()
+        if not bool(torch.isfinite(plain).all()):
+            raise NonFiniteWeights("the weight holds NaN or infinity; mend the source checkpoint, or leave it out")
+        matrix = plain if signs is None else rotate(plain, signs, spec.block)
+        parts = self._encode(matrix, spec, calibration)
+        found = self.components(parts, spec)
+        shift = calibration.get("shift", torch.zeros(spec.cols).half())
+        parts["shift"], parts["offset"] = shift, torch.zeros(spec.rows)
+        if calibration:
+            # The mean of the outputs becomes the exact one, rounded inputs and weights notwithstanding.
+            quantized = calibration["mean_quantized"]
+            inside = found.residual @ quantized + found.up @ (found.down @ quantized)
+            parts["offset"] = plain @ calibration["mean"] - inside
+        values = found.residual + found.up @ found.down
+        total = energy(matrix)
+        lost = energy(values - matrix)
+        return Quantized(parts, values, lost / total if total > 0.0 else 0.0)
+
+    def _encode(
+        self, matrix: torch.Tensor, spec: TensorSpec, calibration: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The integer parts of a rotated matrix float32 `[N, K]`."""
+        int4 = group_format("int4")
+        damping = float(calibration.get("damping", torch.tensor(USUAL_DAMPING)))
+        hessian = calibration.get("hessian")
+        factor = None if hessian is None else inverse_factor(hessian, damping)
+        if not spec.rank:
+            return quantize_rotated(int4, matrix, both_spec(spec), factor).parts
+        if hessian is None:
+            # Inputs of which nothing is known are as good as white; feedback then only repays U's and V's rounding.
+            hessian = torch.eye(spec.cols)
+        directions = balanced(leading_directions(matrix, spec.rank, hessian, "svd"), hessian)
+        rounded = quantize_rotated(int4, directions, down_spec(spec), factor)
+        down, parts = rounded.values, {DOWN + name: part for name, part in rounded.parts.items()}
+        noise = self._branch_noise(calibration.get("held"), down, spec)
+        price = 1.0 if factor is None else float((1.0 / factor.diagonal().double().square()).mean())
+        up = fitted_up(matrix, down, noise, GAUSSIAN_ERROR * price)
+        joint = inverse_factor(_joint_moment(hessian, down, noise), damping)
+        both = quantize_rotated(int4, torch.cat([up, matrix - up @ down], 1), both_spec(spec), joint).parts
+        # V came first; it is stored behind R.
+        width, groups = 8 * spec.rank, spec.rank // spec.group
+        both["codes"] = torch.cat([both["codes"][:, width:], both["codes"][:, :width]], 1)
+        both["scales"] = torch.cat([both["scales"][:, groups:], both["scales"][:, :groups]], 1)
+        return {**both, **parts}
+
+    def _branch_noise(self, held: torch.Tensor | None, down: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        """The mean squared error of each entry of h when it is quantized, float32 `[r]`, from inputs `[n, K]`."""
+        if spec.act_bits == 16 or held is None or not held.shape[0]:
+            return torch.zeros(spec.rank)
+        h = held @ down.T
+        return (quantized_inputs(h, None, 1, spec.group, spec.act_bits) - h).square().mean(0)
+
+    def components(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> Components:
+        """The decoded matrices, on the inputs' rotated axes."""
+        fmt = get_format("int4")
+        both = fmt.dequantize(parts, both_spec(spec))
+        down = torch.zeros(0, spec.cols)
+        if spec.rank:
+            named = {name.removeprefix(DOWN): part for name, part in parts.items() if name.startswith(DOWN)}
+            down = fmt.dequantize(named, down_spec(spec))
+        return Components(both[:, : spec.cols], both[:, spec.cols :], down)
+
+    def dequantize(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
+        found = self.components(parts, spec)
+        return found.residual + found.up @ found.down if spec.rank else found.residual
+
+
+def _joint_moment(hessian: torch.Tensor, down: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The second moment of `[h, x]`, float32 `[r + K, r + K]`: h is `U x` and noise that x knows nothing of."""
+    across = down @ hessian
+    inner = across @ down.T
+    inner.diagonal().add_(noise)
+    return torch.cat([torch.cat([inner, across], 1), torch.cat([across.T, hessian], 1)])
+
+
+def both_spec(spec: TensorSpec) -> TensorSpec:
+    """The storage of `[R, V]` as an int4 matrix."""
+    return TensorSpec("int4", spec.bits, spec.rows, spec.cols + spec.rank, 1, spec.group)
+
+
+def down_spec(spec: TensorSpec) -> TensorSpec:
+    """The storage of U as an int4 matrix."""
+    return TensorSpec("int4", spec.bits, spec.rank, spec.cols, 1, spec.group)
