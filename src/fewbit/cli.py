@@ -51,11 +51,14 @@ def quantize(
     out: o.Out,
     format_: o.Format = "itq3_s",
     code: o.Code = "trellis",
-    bits: o.Bits = 3,
+    bits: o.Bits = 0,
     target_size: o.TargetSize = "",
     head: o.Head = "auto",
     rotate: o.Rotate = True,
     rounding: o.Rounding = "ldlq",
+    rank: o.Rank = 128,
+    act_bits: o.ActBits = 8,
+    ablation: o.Ablation = "full",
     dry_run: o.DryRun = False,
     calib: o.Calib = None,
     calib_tokens: o.CalibTokens = 65536,
@@ -72,12 +75,11 @@ def quantize(
     json_: Json = False,
 ) -> None:
     """Compress MODEL into the directory OUT. An interrupted run continues where it stopped."""
-    from fewbit.pipeline.options import QuantizeOptions
+    from fewbit.pipeline.options import QuantizeOptions, ablated
     from fewbit.pipeline.run import Placement
 
-    if format_ != "itq3_s":
-        raise UsageError(f"unknown format '{format_}': this release writes itq3_s")
     options = QuantizeOptions(
+        format=format_,
         code=code,
         bits=bits,
         target_bytes=parse_size(target_size) if target_size else 0,
@@ -91,9 +93,12 @@ def quantize(
         damping=_damping(damping),
         tune=tune,
         tune_steps=tune_steps,
+        rank=rank,
+        act_bits=act_bits,
     )
+    options = ablated(options, ablation)
     placement = Placement(work_dir, executor, workers, fresh)
-    texts = calib or (_default_calibration() if rounding == "ldlq" else [])
+    texts = calib or (_default_calibration() if options.rounding == "ldlq" else [])
     if dry_run:
         _show_plan(model, out, options, texts, placement, json_)
     else:

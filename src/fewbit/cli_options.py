@@ -7,17 +7,31 @@ from typing import Annotated
 
 import typer
 
-PLACE, CALIBRATION, TUNING = "Where and how", "Calibration", "Tuning"
+PLACE, CALIBRATION, TUNING, TWIN = "Where and how", "Calibration", "Tuning", "TwinQuant"
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file.")]
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears when everything is complete.")]
-Format = Annotated[str, typer.Option("--format", help="The format; itq3_s is the one there is.")]
-Code = Annotated[str, typer.Option(help="trellis (the product), or ternary, iq3_s, lloyd8 (controls).")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", help="itq3_s (weights of 2 to 4 bits) or twinquant (4-bit weights, inputs of 4, 8 or 16 bits)."
+    ),
+]
+Code = Annotated[str, typer.Option(help="Of itq3_s: trellis (the product), or ternary, iq3_s, lloyd8 (controls).")]
+Rank = Annotated[int, typer.Option(help="Rank of the low-rank branch; narrow matrices get less.", rich_help_panel=TWIN)]
+ActBits = Annotated[int, typer.Option(help="Bits of the inputs: 4, 8 or 16.", rich_help_panel=TWIN)]
+Ablation = Annotated[
+    str,
+    typer.Option(
+        help="naive (rounding alone), low-rank (with a branch), hadamard (rotated too), full (the product).",
+        rich_help_panel=TWIN,
+    ),
+]
 Bits = Annotated[
     float,
     typer.Option(
         help="Bits per weight: 2, 3 or 4 for the trellis, or a mean such as 3.25, for which each tensor's bits are "
-        "chosen by measured sensitivity."
+        "chosen by measured sensitivity. 0: 3, or 4 for twinquant."
     ),
 ]
 TargetSize = Annotated[

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fewbit.checkpoint.equivalent import equivalent
 from fewbit.checkpoint.source import Source, SourceRows
 from fewbit.checkpoint.store import FORMAT_VERSION, read_json, tensors_hash
 from fewbit.errors import CorruptFile, FewbitError, UsageError
@@ -168,6 +169,8 @@ class Artifact:
         """
         if source is not None and source.fingerprint() != self.record["source_fingerprint"]:
             raise UsageError(f"{source.path} is not the model that {self.path} was made from; give that one")
+        if source is not None:
+            source = equivalent(source, self.path)
         recorded = {entry["name"]: entry for entry in self.record["tensors"]}
         for name, entry in recorded.items():
             module = self.modules.get(name.removesuffix(".weight")) if entry["format"] else None

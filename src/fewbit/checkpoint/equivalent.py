@@ -19,6 +19,7 @@ from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
 from fewbit.errors import UsageError
 from fewbit.models import Family, Place, SharedInput, get_family
 
+TRANSFORM = "transform.safetensors"
 RESIDUAL = "residual"
 OUTPUT_ROTATION = "rotation"  # the name of a parameter of the final norm
 
@@ -217,6 +218,12 @@ class EquivalentSource(Source):
 
     def copy_tokenizer(self, out_dir: str | Path) -> None:
         self.source.copy_tokenizer(out_dir)
+
+
+def equivalent(source: Source, directory: Path) -> Source:
+    """`source` under the transform that lies in `directory`, or itself where there is none."""
+    path = directory / TRANSFORM
+    return EquivalentSource(source, Transform.load(path)) if path.exists() else source
 
 
 def rotate_output(norm: Any) -> None:

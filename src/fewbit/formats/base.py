@@ -89,8 +89,13 @@ class Format(ABC):
     rotated: bool = True
     group_limit: int = 256
 
-    def spec(self, rows: int, cols: int, bits: int) -> TensorSpec:
-        """The storage of a `[rows, cols]` matrix; raises `UnsupportedShape` where it does not fit."""
+    def spec(self, rows: int, cols: int, bits: int, **choices: int) -> TensorSpec:
+        """The storage of a `[rows, cols]` matrix; raises `UnsupportedShape` where it does not fit.
+
+        A format may take `choices` of its own; this one takes none.
+        """
+        if choices:
+            raise UsageError(f"format {self.name} has no {', '.join(choices)} to choose")
         if bits not in self.bits:
             raise UsageError(f"format {self.name} stores {self.bits} bits, not {bits}")
         if rows < 1 or cols < 1:

@@ -28,7 +28,7 @@ class GroupInt8(RowwiseFormat):
     group_limit = 128
     shared = ("scale",)
 
-    def spec(self, rows: int, cols: int, bits: int) -> TensorSpec:
+    def spec(self, rows: int, cols: int, bits: int, **choices: int) -> TensorSpec:
         if bits not in self.bits:
             raise UsageError(f"format {self.name} stores {self.bits} bits, not {bits}")
         if cols % UNIT:

@@ -67,7 +67,7 @@ class Int4(GroupFormat):
     bits = (4,)
     group_limit = 128
 
-    def spec(self, rows: int, cols: int, bits: int) -> TensorSpec:
+    def spec(self, rows: int, cols: int, bits: int, **choices: int) -> TensorSpec:
         if bits not in self.bits:
             raise UsageError(f"format {self.name} stores {self.bits} bits, not {bits}")
         if rows < 1 or cols < 1:

@@ -44,19 +44,20 @@ class TwinQuant(Format):
     bits = (4,)
     group_limit = 128
 
-    def spec(self, rows: int, cols: int, bits: int, rank: int = 0, act_bits: int = 8) -> TensorSpec:
-        """As for int4, with a branch of at most `rank`: a multiple of the group, at most a quarter of the narrower
-        side, so that narrow matrices go without."""
+    def spec(self, rows: int, cols: int, bits: int, **choices: int) -> TensorSpec:
+        """As for int4, with a branch of at most `rank` (0): a multiple of the group, at most a quarter of the narrower
+        side, so that narrow matrices go without; and inputs of `act_bits` (8)."""
+        rank, act_bits = choices.pop("rank", 0), choices.pop("act_bits", 8)
         if act_bits not in ACT_BITS:
             raise UsageError(f"inputs are quantized to 4, 8 or 16 bits, not {act_bits}")
         if rank < 0:
             raise UsageError(f"the rank of a branch cannot be {rank}")
-        plain = get_format("int4").spec(rows, cols, bits)
+        plain = get_format("int4").spec(rows, cols, bits, **choices)
         fitting = min(rank, min(rows, cols) // 4) // plain.group * plain.group
         return replace(plain, format=self.name, rank=fitting, act_bits=act_bits)
 
     def accepts(self, spec: TensorSpec) -> bool:
-        expected = self.spec(spec.rows, spec.cols, spec.bits, spec.rank, spec.act_bits)
+        expected = self.spec(spec.rows, spec.cols, spec.bits, rank=spec.rank, act_bits=spec.act_bits)
         return spec in (expected, replace(expected, block=1))
 
     def layout(self, spec: TensorSpec) -> Layout:

@@ -15,6 +15,7 @@ import torch
 
 from fewbit import __version__
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule, modules_to_json
+from fewbit.checkpoint.equivalent import TRANSFORM, equivalent
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import FORMAT_VERSION, ShardedWriter, tensors_hash, write_json
 from fewbit.errors import CorruptFile, NonFiniteWeights
@@ -35,12 +36,15 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
     shutil.rmtree(built, ignore_errors=True)
     built.mkdir(parents=True)
     source.copy_tokenizer(built)
+    changed = equivalent(source, work)
+    if (work / TRANSFORM).exists():
+        shutil.copyfile(work / TRANSFORM, built / TRANSFORM)
     writer = ShardedWriter(built)
     progress.stage("writing the checkpoint", len(plan.tensors))
     records = []
     tuned, report = tuning_result(work)
     for tensor in plan.tensors:
-        records.append(_add(source, plan, tensor, work, tuned, writer))
+        records.append(_add(changed, plan, tensor, work, tuned, writer))
         progress.advance()
     writer.close()
     write_json(built / "config.json", _config(source, plan))
@@ -143,12 +147,19 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
     return config
 
 
+def _named(plan: Plan) -> str:
+    options = plan.options
+    if options["format"] == "twinquant":
+        return f"twinquant of rank {options['rank']}, inputs in {options['act_bits']} bits"
+    return f"code {options['code']}"
+
+
 def _card(plan: Plan) -> str:
     bits = plan.bits_per_weight("body")
     return (
         "**Load this with `fewbit.load(path)` (or `import fewbit` before `from_pretrained`); without fewbit, "
         "transformers starts the model with random weights.**\n\n"
-        f"Compressed by fewbit {__version__} from a `{plan.model_type}` model: code {plan.options['code']}, "
+        f"Compressed by fewbit {__version__} from a `{plan.model_type}` model: {_named(plan)}, "
         f"{bits:.3f} bits per weight in the decoder layers, {plan.bits_per_weight():.3f} over everything. "
         "`fewbit.json` lists every tensor with its error.\n"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoint.equivalent import equivalent
 from fewbit.checkpoint.source import Source, SourceRows, open_source
 from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
 from fewbit.errors import CorruptFile, NonFiniteWeights
@@ -43,7 +44,8 @@ class RoundJob:
 @functools.lru_cache(maxsize=1)
 def _plan(path: Path, modified: int) -> tuple[Plan, dict[str, PlannedTensor], Source]:
     plan = Plan.load(path)
-    return plan, {tensor.name: tensor for tensor in plan.quantized}, open_source(plan.source)
+    source = equivalent(open_source(plan.source), path.parent)
+    return plan, {tensor.name: tensor for tensor in plan.quantized}, source
 
 
 def tensor_signs(tensor: PlannedTensor) -> torch.Tensor | None:

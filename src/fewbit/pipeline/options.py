@@ -15,6 +15,7 @@ import torch
 from fewbit.errors import UsageError
 from fewbit.formats import get_format
 
+FORMATS = ("itq3_s", "twinquant")
 CODES = {"trellis": "trellis", "ternary": "ternary", "iq3_s": "iq3_s", "lloyd8": "lloyd8"}
 HEADS = {
     "auto": ("trellis", 4),
@@ -24,6 +25,14 @@ HEADS = {
     "int8": ("int8", 8),
     "bf16": ("bf16", 16),
 }
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "naive": {"rank": 0, "rotate": False, "rounding": "nearest"},
+    "low-rank": {"rotate": False, "rounding": "nearest"},
+    "hadamard": {"rounding": "nearest"},
+    "full": {},
+}
+"""The steps of TwinQuant's ablation, as options of that format."""
+
 ROUNDINGS = ("ldlq", "nearest")
 CALIB_DTYPES = ("auto", "bfloat16", "float32")
 
@@ -37,10 +46,14 @@ STEP_WEIGHTS = 2.2e10  # steps times weights that tuning takes by default: 160 s
 class QuantizeOptions:
     """The choices of one run.
 
-    `code` and `bits` say how the linears of the decoder layers are stored, `head` how the output head and the
-    embeddings are. A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4
-    bits come to, chosen by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its
-    place. Head "auto" joins that choice, and is "itq4" where nothing is chosen.
+    `format`, `code` (of itq3_s) and `bits` (0: 3, or 4 for twinquant) say how the linears of the decoder layers are
+    stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the low-rank branch,
+    `act_bits` the width of inputs, and with `smooth` scales that make inputs cheaper to quantize are folded into norms,
+    up and value projections.
+
+    A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4 bits come to, chosen
+    by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its place. Head "auto" joins
+    that choice, and is "itq4" where nothing is chosen.
 
     Without `rotate` weights are rounded on their own axes, as a control. `rounding` is "ldlq" (error feedback with
     the Hessian of the calibration text) or "nearest". With `sequential` the Hessians are those of a model whose
@@ -53,8 +66,9 @@ class QuantizeOptions:
     after rounding, for at most `tune_steps` steps (0: fewer for larger models) at the rate `tune_rate`.
     """
 
+    format: str = "itq3_s"
     code: str = "trellis"
-    bits: float = 3
+    bits: float = 0
     target_bytes: int = 0
     head: str = "auto"
     rotate: bool = True
@@ -67,14 +81,23 @@ class QuantizeOptions:
     tune: bool | None = None
     tune_steps: int = 0
     tune_rate: float = 1e-3
+    rank: int = 128
+    act_bits: int = 8
+    smooth: bool = True
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"unknown format '{self.format}': choose {' or '.join(FORMATS)}")
+        if not self.bits:
+            object.__setattr__(self, "bits", 4 if self.format == "twinquant" else 3)
         if not math.isfinite(self.bits):
             raise UsageError(f"{self.bits} is no number of bits; give 2, 3 or 4, or a mean such as 3.25")
         # The plan's identity must not tell 3 from 3.0.
         object.__setattr__(self, "bits", int(self.bits) if self.bits == int(self.bits) else float(self.bits))
         if self.code not in CODES:
             raise UsageError(f"unknown code '{self.code}': choose one of {', '.join(CODES)}")
+        if self.format == "twinquant":
+            self._check_twinquant()
         if self.head not in HEADS:
             raise UsageError(f"unknown head format '{self.head}': choose one of {', '.join(HEADS)}")
         if self.rounding not in ROUNDINGS:
@@ -89,13 +112,13 @@ class QuantizeOptions:
         if self.target_bytes and self.bits != int(self.bits):
             raise UsageError("a mean number of bits and a target size are two budgets; give one of them")
         if self.allocates and len(allowed) < 2:
-            raise UsageError(f"code {self.code} stores {allowed[0]} bits only; bits are chosen for --code trellis")
+            raise UsageError(f"{self._stored_as} stores {allowed[0]} bits only; bits are chosen for --code trellis")
         if self.allocates and self.rounding == "nearest":
             raise UsageError("bits are chosen by sensitivities, which take calibration text: use --rounding ldlq")
         if self.allocates and not min(allowed) < self.bits < max(allowed) + 0.25:
-            raise UsageError(f"code {self.code} stores {min(allowed)} to {max(allowed)} bits, not {self.bits}")
+            raise UsageError(f"{self._stored_as} stores {min(allowed)} to {max(allowed)} bits, not {self.bits}")
         if not self.allocates and self.bits not in allowed:
-            raise UsageError(f"code {self.code} stores {' or '.join(map(str, allowed))} bits, not {self.bits}")
+            raise UsageError(f"{self._stored_as} stores {' or '.join(map(str, allowed))} bits, not {self.bits}")
         if self.calib_window < 2 or self.calib_tokens < self.calib_window:
             raise UsageError(
                 f"{self.calib_tokens} calibration tokens do not fill one window of {self.calib_window}; "
@@ -104,14 +127,36 @@ class QuantizeOptions:
         if self.damping != "auto" and not (isinstance(self.damping, float) and 0 < self.damping < 1):
             raise UsageError(f"damping must be auto or lie between 0 and 1, not {self.damping}")
 
+    def _check_twinquant(self) -> None:
+        if self.code != "trellis":
+            raise UsageError(f"code {self.code} is one of itq3_s; twinquant has none to choose")
+        if self.tune:
+            raise UsageError("twinquant is not tuned after rounding; leave --tune out")
+        # The format knows what ranks and widths there are.
+        get_format(self.format_name).spec(128, 128, 4, **self.spec_choices)
+
     @property
     def format_name(self) -> str:
         """The format of the decoder layers' weights."""
-        return CODES[self.code]
+        return "twinquant" if self.format == "twinquant" else CODES[self.code]
+
+    @property
+    def spec_choices(self) -> dict[str, int]:
+        """What the format of the layers' weights wants to know beside bits and shape."""
+        return {"rank": self.rank, "act_bits": self.act_bits} if self.format == "twinquant" else {}
 
     @property
     def offered_bits(self) -> tuple[int, ...]:
-        return get_format(CODES[self.code]).bits
+        return get_format(self.format_name).bits
+
+    @property
+    def _stored_as(self) -> str:
+        return f"code {self.code}" if self.format == "itq3_s" else self.format
+
+    @property
+    def smooths(self) -> bool:
+        """Whether scales are measured before anything is rounded."""
+        return self.format == "twinquant" and self.smooth and self.rounding == "ldlq"
 
     @property
     def allocates(self) -> bool:
@@ -141,9 +186,19 @@ class QuantizeOptions:
         elif dtype == "auto":
             # Where AVX-512 alone multiplies bfloat16, PyTorch runs at half the speed of its float32.
             dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
-        tune = self.tune if self.tune is not None else self.rounding == "ldlq" and weights <= TUNED_WEIGHTS
+        fits = self.rounding == "ldlq" and self.format == "itq3_s" and weights <= TUNED_WEIGHTS
+        tune = self.tune if self.tune is not None else fits
         steps = self.tune_steps or max(LEAST_STEPS, min(MOST_STEPS, int(STEP_WEIGHTS / max(1, weights))))
         return replace(self, calib_dtype=dtype, tune=tune, tune_steps=steps if tune else 0)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def ablated(options: QuantizeOptions, step: str) -> QuantizeOptions:
+    """The options of one step of TwinQuant's ablation; raises `UsageError` for an unknown one."""
+    if step not in ABLATIONS:
+        raise UsageError(f"unknown ablation '{step}': choose one of {', '.join(ABLATIONS)}")
+    if step != "full" and options.format != "twinquant":
+        raise UsageError("--ablation belongs to --format twinquant")
+    return replace(options, **ABLATIONS[step])

@@ -20,9 +20,9 @@ from fewbit.checkpoint.source import Source
 from fewbit.errors import CorruptFile, UnsupportedShape
 from fewbit.formats import TensorSpec, get_format
 from fewbit.models import Family, get_family
-from fewbit.pipeline.options import CODES, HEADS, QuantizeOptions
+from fewbit.pipeline.options import HEADS, QuantizeOptions
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,14 @@ def _plan_tensor(
     if kind == "plain":
         reason = "one-dimensional" if len(shape) == 1 else "no linear of this family"
         return _kept(name, shape, kind, reason)
-    format_name, bits = (CODES[options.code], options.whole_bits) if kind == "body" else HEADS[options.head]
+    body = kind == "body"
+    format_name, bits = (options.format_name, options.whole_bits) if body else HEADS[options.head]
     bits = chosen.get(".".join(shared_input.split(".")[:2]), bits)
     if format_name == "bf16":
         return _kept(name, shape, kind, "--head bf16")
     weight_format = get_format(format_name)
     try:
-        spec = weight_format.spec(shape[0], shape[1], bits)
+        spec = weight_format.spec(shape[0], shape[1], bits, **(options.spec_choices if body else {}))
     except UnsupportedShape as error:
         return _kept(name, shape, kind, str(error))
     if not options.rotate:

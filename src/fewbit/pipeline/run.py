@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoint.equivalent import equivalent
 from fewbit.checkpoint.source import Source, open_source
 from fewbit.checkpoint.store import disk_errors
 from fewbit.errors import UsageError
@@ -27,6 +28,7 @@ from fewbit.pipeline.predict import predict
 from fewbit.pipeline.progress import Logged, Progress, Silent
 from fewbit.pipeline.sensitivity import Sensitivities
 from fewbit.pipeline.shards import ShardMaker
+from fewbit.pipeline.smooth import measure_scales
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
 from fewbit.pipeline.tune import Tuner, tuning_result, tuning_windows
 from fewbit.pipeline.workdir import (
@@ -216,7 +218,9 @@ def _quantize(
     logged = Logged(progress, work / "log.jsonl")
     try:
         with torch.no_grad(), disk_errors(work):
-            maker = ShardMaker(source, plan, windows, work, executor, logged)
+            if found.options.smooths and windows is not None:
+                measure_scales(source, windows, getattr(torch, plan.options["calib_dtype"]), work, logged)
+            maker = ShardMaker(equivalent(source, work), plan, windows, work, executor, logged)
             maker.layers()
             maker.tables()
             if found.tuning is not None:
