@@ -19,6 +19,9 @@ def quantized_inputs(
 
     Arguments as for `torch.ops.fewbit.rotate_quantize`, with packed `signs`; 16 bits round nothing.
     """
+    # Imported here, because operators are specified in terms of formats, and formats use this.
+    import fewbit.ops.cpu  # noqa: F401
+
     if bits == 16:
         moved = x.float() if shift is None else x.float() - shift.float()
         return moved if signs is None else rotate(moved, unpack_signs(signs, x.shape[1]), block)

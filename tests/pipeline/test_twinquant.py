@@ -1,0 +1,161 @@
+"""TwinQuant from a model to a checkpoint that loads: every width, every step of the ablation, every executor."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbit.checkpoint.artifact import Artifact
+from fewbit.checkpoint.equivalent import TRANSFORM, EquivalentSource, Transform
+from fewbit.checkpoint.plain import load_plain
+from fewbit.checkpoint.source import open_source
+from fewbit.errors import UsageError
+from fewbit.loading import load
+from fewbit.models import get_family
+from fewbit.pipeline.calibrate import LayerStream
+from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
+from fewbit.pipeline.progress import Silent
+from fewbit.pipeline.run import Placement, quantize
+from fewbit.pipeline.smooth import measure_scales
+from fewbit.pipeline.texts import CalibrationText, calibration_windows
+
+
+def options(**choices) -> QuantizeOptions:
+    common = {"head": "bf16", "calib_tokens": 4096, "calib_window": 64, "calib_dtype": "float32", "rank": 64}
+    return QuantizeOptions(format="twinquant", **{**common, **choices})
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for file in source.glob("*token*"):
+        shutil.copy(file, target)
+
+
+@pytest.fixture(scope="module")
+def wide_dir(tiny_models, tmp_path_factory) -> Path:
+    """A random model whose matrices are wide enough for a branch."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 96, "hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 128}
+    config = AutoConfig.for_model("qwen2", **sizes, **heads, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.2, 2.0)
+            elif name.endswith("proj.weight"):
+                parameter.normal_(std=0.06)
+    directory = tmp_path_factory.mktemp("wide")
+    model.save_pretrained(directory)
+    copy_tokenizer(tiny_models["tied"], directory)
+    return directory
+
+
+def distance(directory: Path, out: Path, text: Path) -> float:
+    """Relative error of the logits behind the end of what was calibrated on."""
+    source = open_source(directory)
+    ids = calibration_windows(source, [CalibrationText(text)], 8192, 64)[0][-8:]
+    with torch.no_grad():
+        exact = load_plain(source, torch.float32)(ids).logits
+        return float((load(out, torch.float32)[0](ids).logits - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
+def test_a_checkpoint_verifies_against_its_source_and_computes_nearly_the_same(
+    wide_dir, calibration_text, tmp_path, act_bits
+):
+    result = quantize(wide_dir, tmp_path / "out", options(act_bits=act_bits), [calibration_text])
+    artifact = Artifact.open(tmp_path / "out")
+    assert [problem for _, problem in artifact.verify(open_source(wide_dir)) if problem] == []
+    assert result.bytes == artifact.inspect()["bytes"]
+    for name, module in artifact.modules.items():
+        assert module.spec.rank == (0 if name.endswith(("k_proj", "v_proj")) else 64)
+    assert distance(wide_dir, tmp_path / "out", calibration_text) < {4: 0.35, 8: 0.07, 16: 0.07}[act_bits]
+
+
+def test_each_step_of_the_ablation_is_a_plan_of_its_own_and_the_last_is_the_best(wide_dir, calibration_text, tmp_path):
+    found = {}
+    for step in ABLATIONS:
+        out = tmp_path / step
+        quantize(wide_dir, out, ablated(options(), step), [calibration_text])
+        specs = [module.spec for module in Artifact.open(out).modules.values()]
+        assert any(spec.rank for spec in specs) == (step != "naive")
+        assert all((spec.block > 1) == (step in ("hadamard", "full")) for spec in specs)
+        assert (out / TRANSFORM).exists() == (step == "full")
+        found[step] = distance(wide_dir, out, calibration_text)
+    assert found["full"] < 0.7 * min(found["naive"], found["low-rank"], found["hadamard"])
+
+
+def test_smoothing_changes_nothing_but_the_axes_and_balances_them(wide_dir, calibration_text, tmp_path):
+    source = open_source(wide_dir)
+    windows, _ = calibration_windows(source, [CalibrationText(calibration_text)], 1024, 64)
+    transform = measure_scales(source, windows, torch.float32, tmp_path, Silent())
+    changed = EquivalentSource(source, transform)
+    ids = windows[:2]
+    with torch.no_grad():
+        exact, found = (load_plain(which, torch.float32)(ids).logits for which in (source, changed))
+    assert (found - exact).abs().max() < 2e-5 * exact.abs().max()
+    # Deviations of inputs and norms of columns agree up to a factor, where both were far apart.
+    stream = LayerStream(changed, get_family("qwen2"), windows)
+    inputs: list[torch.Tensor] = []
+    layer = stream.load("model.layers.0")
+    layer.mlp.gate_proj.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    for batch in stream.embed():
+        stream.run_layer(0, batch)
+    deviations = torch.cat(inputs).flatten(0, -2).std(0)
+    columns = (layer.mlp.gate_proj.weight.square().sum(0) + layer.mlp.up_proj.weight.square().sum(0)).sqrt()
+    ratio = (columns / deviations).log()
+    assert ratio.std() < 0.02
+    assert torch.equal(
+        measure_scales(source, windows, torch.float32, tmp_path, Silent()).gains.popitem()[1],
+        Transform.load(tmp_path / TRANSFORM).gains.popitem()[1],
+    )
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_pools_of_processes_give_the_serial_bytes(wide_dir, calibration_text, tmp_path, sequential):
+    made = {}
+    for executor in ("serial", "process"):
+        placement = Placement(executor=executor, workers=2)
+        quantize(wide_dir, tmp_path / executor, options(sequential=sequential), [calibration_text], placement)
+        made[executor] = files_of(tmp_path / executor)
+    assert made["serial"] == made["process"]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_work_too(make_mixture, tiny_models, calibration_text, tmp_path, kind):
+    model = make_mixture(kind)
+    model.save_pretrained(tmp_path / "model")
+    copy_tokenizer(tiny_models["tied"], tmp_path / "model")
+    quantize(tmp_path / "model", tmp_path / "out", options(act_bits=8), [calibration_text])
+    artifact = Artifact.open(tmp_path / "out")
+    assert [problem for _, problem in artifact.verify(open_source(tmp_path / "model")) if problem] == []
+    assert distance(tmp_path / "model", tmp_path / "out", calibration_text) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"code": "ternary"}, "twinquant has none to choose"),
+        ({"tune": True}, "not tuned"),
+        ({"act_bits": 5}, "4, 8 or 16 bits, not 5"),
+        ({"rank": -2}, "rank of a branch cannot be -2"),
+        ({"bits": 3}, "twinquant stores 4 bits, not 3"),
+        ({"bits": 3.5}, "twinquant stores 4 bits only"),
+    ],
+)
+def test_what_the_format_does_not_offer_is_refused(choices, message):
+    with pytest.raises(UsageError, match=message):
+        options(**choices)
+    with pytest.raises(UsageError, match="unknown ablation 'most'"):
+        ablated(options(), "most")
+    with pytest.raises(UsageError, match="belongs to --format twinquant"):
+        ablated(QuantizeOptions(), "naive")
