@@ -14,10 +14,12 @@ import fewbit.pipeline.tune as tune
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.loading import load
+from fewbit.pipeline.descent import Descent
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
+from fewbit.pipeline.teacher import Divergence
 from fewbit.pipeline.texts import CalibrationText, calibration_windows
-from fewbit.pipeline.tune import GainLinear, Tuner, _Divergence, _State
+from fewbit.pipeline.tune import GainLinear, Tuner
 
 SETTINGS = {"calib_tokens": 2048, "calib_window": 64, "calib_dtype": "float32", "damping": 0.01}
 
@@ -31,7 +33,7 @@ def test_the_divergence_and_its_gradient_are_those_of_plain_autograd(positions):
     torch.manual_seed(0)
     hidden = torch.randn(positions, 24, dtype=torch.float64, requires_grad=True)
     head, full, full_head = (torch.randn(rows, 24, dtype=torch.float64) for rows in (50, positions, 50))
-    found = _Divergence.apply(hidden, head, full, full_head)
+    found = Divergence.apply(hidden, head, full, full_head)
     (gradient,) = torch.autograd.grad(3.0 * found, hidden)
     expected = nn.functional.kl_div(
         (hidden @ head.T).log_softmax(-1), (full @ full_head.T).log_softmax(-1), log_target=True, reduction="sum"
@@ -43,7 +45,7 @@ def test_the_divergence_and_its_gradient_are_those_of_plain_autograd(positions):
 
 def test_a_model_does_not_diverge_from_itself():
     hidden, head = torch.randn(40, 16, requires_grad=True), torch.randn(30, 16)
-    found = _Divergence.apply(hidden, head, hidden.detach(), head)
+    found = Divergence.apply(hidden, head, hidden.detach(), head)
     found.backward()
     assert abs(float(found.detach())) < 1e-6
     assert hidden.grad is not None
@@ -124,16 +126,16 @@ def test_tuning_that_makes_things_worse_ends_early_and_keeps_where_it_began(
     options = QuantizeOptions(**SETTINGS, tune=True, tune_steps=200)
     held = iter([2.0, 1.0, 1.1, 0.9, 0.95, 0.91, 0.5])  # the first is taken before anything is tuned
     monkeypatch.setattr(Tuner, "_held_loss", lambda self, batches: next(held))
-    states: list[_State] = []
+    states: list[Descent] = []
     seen: list[dict[str, torch.Tensor]] = []
-    look = _State.look
+    look = Descent.look
 
-    def note(self: _State, value: float) -> None:
+    def note(self: Descent, value: float) -> None:
         states.append(self)
         seen.append({name: gain.detach().clone() for name, gain in self.gains.items()})
         look(self, value)
 
-    monkeypatch.setattr(_State, "look", note)
+    monkeypatch.setattr(Descent, "look", note)
     quantize(tiny_models["tied"], tmp_path / "out", options, [calibration_text])
     history = history_of(tmp_path / "out")
     assert [entry["held"] for entry in history] == [1.0, 1.1, 0.9, 0.95, 0.91]
@@ -151,22 +153,22 @@ def test_state_that_is_read_back_goes_on_as_if_nothing_had_happened(tmp_path):
             "idle": nn.Parameter(torch.ones(1)),
         }
 
-    def learn(state: _State, start: int, stop: int) -> None:
+    def learn(state: Descent, start: int, stop: int) -> None:
         for step in range(start, stop):
             for gain in (state.gains["a"], state.gains["b"]):
                 gain.grad = torch.randn(gain.shape, generator=torch.Generator().manual_seed(step))
             state.descend(0.1 * step, 1.0 / (step + 1))
 
-    whole = _State(fresh(), 0.1, tmp_path / "whole")
+    whole = Descent(fresh(), 0.1, tmp_path / "whole")
     learn(whole, 0, 3)
     whole.look(2.0)
     learn(whole, 3, 9)
     whole.look(1.0)
-    first = _State(fresh(), 0.1, tmp_path / "parts")
+    first = Descent(fresh(), 0.1, tmp_path / "parts")
     learn(first, 0, 3)
     first.look(2.0)
     learn(first, 3, 5)
-    second = _State(fresh(), 0.1, tmp_path / "parts")
+    second = Descent(fresh(), 0.1, tmp_path / "parts")
     second.restore()
     learn(second, second.step, 9)
     second.look(1.0)

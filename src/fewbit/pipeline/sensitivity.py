@@ -23,9 +23,9 @@ from fewbit.pipeline.calibrate import LayerStream
 from fewbit.pipeline.jobs import read_shard, shard_path
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
+from fewbit.pipeline.teacher import Divergence
 
 WINDOWS = 2  # windows on which branches are compared
-POSITIONS = 128  # positions whose logits exist at once
 SENSITIVITY = "sensitivity.json"
 
 
@@ -123,16 +123,7 @@ class Sensitivities:
             table = next((tensor for tensor in tensors if tensor.name == name), None)
             number = self.numbers[unit] if self.branches.holds(end, self.numbers[unit]) else 0
             hidden = norm(self.branches.read(end, number)["hidden"]).flatten(0, 1)
-            found[unit] = divergence(full, head, hidden, head if table is None else self._weight(table))
+            other = head if table is None else self._weight(table)
+            found[unit] = float(Divergence.apply(hidden, other, full, head))
         self.stream.unload(self.family.final_norm)
         return found
-
-
-@torch.no_grad()
-def divergence(full: torch.Tensor, full_head: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> float:
-    """Mean KL(full || other) in nats over positions, from the heads' inputs `[n, H]` and the heads `[V, H]`."""
-    total = 0.0
-    for expected, found in zip(full.split(POSITIONS), hidden.split(POSITIONS), strict=True):
-        before, after = (expected @ full_head.T).log_softmax(-1), (found @ head.T).log_softmax(-1)
-        total += float((before.exp() * (before - after)).sum(dtype=torch.float64))
-    return total / full.shape[0]

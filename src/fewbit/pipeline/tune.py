@@ -8,10 +8,8 @@ calibration windows, and held-out windows decide when to stop and which state to
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +24,17 @@ from fewbit.checkpoint.store import read_json, read_tensors, write_json, write_t
 from fewbit.errors import CorruptFile
 from fewbit.formats import group_format
 from fewbit.models import get_family
-from fewbit.pipeline.batches import BatchFiles
 from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
+from fewbit.pipeline.descent import Descent, share_of_rate
 from fewbit.pipeline.jobs import Shard, read_shard, relative_error, write_shard
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
+from fewbit.pipeline.teacher import Divergence, Teacher
 from fewbit.pipeline.tune_layers import LayerTuner
 
 WINDOWS_PER_STEP = 2
 HELD_BATCHES = 4  # batches of windows that are never learned from, unless that is more than a quarter of all
 CHECK_EVERY = 16  # steps between two looks at the held-out windows, each followed by a saved state
-PATIENCE = 2  # looks without a gain after which tuning ends
-BETAS = (0.9, 0.95)
-WARM_UP = 8
-POSITIONS = 128  # positions whose logits exist at once
 TUNED = "tuned"  # the directory of tuned shards
 STATE = "tuning.safetensors"
 PLAIN = "tuned-plain.safetensors"
@@ -82,33 +77,6 @@ def _scaled(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return (weight.view(*gain.shape, -1) * gain[..., None]).view(weight.shape)
 
 
-class _Divergence(torch.autograd.Function):
-    """Mean KL(full || compressed) in nats from both models' last hidden states and heads, `POSITIONS` at a time.
-
-    The gradient is computed on the way, so no logits outlive their positions.
-    """
-
-    @staticmethod
-    def forward(
-        context: Any, hidden: torch.Tensor, head: torch.Tensor, full: torch.Tensor, full_head: torch.Tensor
-    ) -> torch.Tensor:
-        gradient = torch.empty_like(hidden)
-        total = 0.0
-        for start in range(0, hidden.shape[0], POSITIONS):
-            part = slice(start, start + POSITIONS)
-            expected = (full[part] @ full_head.T).log_softmax(-1)
-            found = (hidden[part] @ head.T).log_softmax(-1)
-            chance = expected.exp()
-            total += float((chance * expected.sub_(found)).sum(dtype=torch.float64))
-            gradient[part] = found.exp_().sub_(chance) @ head
-        context.save_for_backward(gradient.div_(hidden.shape[0]))
-        return torch.tensor(total / hidden.shape[0])
-
-    @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return context.saved_tensors[0] * gradients[0], None, None, None
-
-
 class _Gain(nn.Module):
     """A parametrization: the stored tensor times a learned gain per channel."""
 
@@ -131,8 +99,8 @@ class Tuner:
         self.family = get_family(plan.model_type)
         self.dtype = getattr(torch, plan.options["calib_dtype"])
         self.windows = windows[: windows.shape[0] // WINDOWS_PER_STEP * WINDOWS_PER_STEP]
-        self.full = BatchFiles(work / "full")
         self.stream = LayerStream(source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
+        self.teacher = Teacher(self.stream, work, progress)
         self.gains: dict[str, nn.Parameter] = {}
         # Activations that are kept for the way back take memory, those that are computed again take time; the values
         # are the same.
@@ -152,40 +120,13 @@ class Tuner:
         if self.windows.shape[0] < least:
             self.progress.note(f"not tuned: that takes {least} windows of calibration text at least")
             return
-        self._full_states()
+        self.teacher.run()
         self._load()
         with bfloat16_products(self.dtype):
             report = self._learn()
         self._store()
         write_json(self.work / REPORT, report)
-        self.full.discard(len(self.stream) + 1)
-
-    def _full_states(self) -> None:
-        """What the full model's head reads for every window, through files, one layer in memory."""
-        latest = self.full.latest()
-        if latest is None:
-            latest = 0
-            with self.full.writing(0) as write:
-                for number, batch in enumerate(self.stream.embed()):
-                    write(number, {"hidden": batch})
-        else:
-            self.stream.prepare()
-        self.progress.stage("running the full model", len(self.stream))
-        self.progress.advance(min(latest, len(self.stream)))
-        for index in range(latest, len(self.stream)):
-            prefix = f"{self.family.layers}.{index}"
-            self.stream.load(prefix)
-            self._next_states(index, partial(self.stream.run_layer, index))
-            self.stream.unload(prefix)
-            self.progress.advance()
-        if latest <= len(self.stream):
-            self._next_states(len(self.stream), self.stream.load(self.family.final_norm))
-
-    def _next_states(self, generation: int, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        with torch.no_grad(), self.full.writing(generation + 1) as write:
-            for number in range(len(self.stream.batches)):
-                write(number, {"hidden": function(self.full.read(generation, number)["hidden"])})
-        self.full.discard(generation)
+        self.teacher.discard()
 
     def _shard(self, tensor: PlannedTensor) -> Shard:
         shard = read_shard(self.work, self.plan, tensor)
@@ -240,8 +181,8 @@ class Tuner:
             layer = partial(self.stream.call_layer, index)
             hidden = checkpoint(layer, hidden, use_reentrant=False) if self.recompute else layer(hidden)
         norm = self.stream.model.get_submodule(self.family.final_norm)
-        full = self.full.read(len(self.stream) + 1, batch)["hidden"].flatten(0, 1)
-        return _Divergence.apply(norm(hidden).flatten(0, 1), self.head, full, self.full_head)
+        full = self.teacher.hidden(batch)
+        return Divergence.apply(norm(hidden).flatten(0, 1), self.head, full, self.full_head)
 
     def _held_loss(self, batches: Sequence[int]) -> float:
         with torch.no_grad():
@@ -251,7 +192,7 @@ class Tuner:
         """Descend until the steps are used up or the held-out windows gain no more; leaves the best gains in place."""
         batches = len(self.stream.batches)
         held = range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
-        state = _State(self.gains, self.plan.options["tune_rate"], self.work / STATE)
+        state = Descent(self.gains, self.plan.options["tune_rate"], self.work / STATE)
         rounded = self._held_loss(held)
         self.progress.note(f"before tuning: divergence {rounded:.5f}")
         layers = self._learn_layers()
@@ -267,7 +208,7 @@ class Tuner:
             order = torch.randperm(held.start, generator=generator)
             loss = self._loss(int(order[state.step % held.start]))
             loss.backward()
-            state.descend(float(loss.detach()), _rate(state.step, steps))
+            state.descend(float(loss.detach()), share_of_rate(state.step, steps))
             self.progress.advance()
             if state.step % CHECK_EVERY == 0 or state.step == steps:
                 state.look(self._held_loss(held))
@@ -329,67 +270,3 @@ def tuning_result(work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not (work / REPORT).exists():
         return {}, {}
     return read_tensors(work / PLAIN)[0], read_json(work / REPORT)
-
-
-def _rate(step: int, steps: int) -> float:
-    """The share of the learning rate at a step: a short rise, then half a cosine."""
-    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class _State:
-    """Everything that learning needs to go on: gains, moments, the best gains so far and the history."""
-
-    def __init__(self, gains: dict[str, nn.Parameter], rate: float, path: Path) -> None:
-        self.gains = gains
-        self.rate = rate
-        self.path = path
-        self.step = 0
-        self.history: list[dict[str, float]] = []
-        self._recent: list[float] = []
-        self.optimizer = torch.optim.Adam(list(gains.values()), lr=rate, betas=BETAS)
-        self.best = {name: gain.detach().clone() for name, gain in gains.items()}
-
-    @property
-    def stale(self) -> bool:
-        """Whether the last `PATIENCE` looks brought nothing."""
-        held = [entry["held"] for entry in self.history]
-        return len(held) > PATIENCE and min(held[-PATIENCE:]) >= min(held[:-PATIENCE])
-
-    def descend(self, loss: float, share: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * share
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self._recent.append(loss)
-
-    def look(self, held: float) -> None:
-        """Note the held-out divergence, keep the gains where it is the least, and save everything."""
-        if all(held < entry["held"] for entry in self.history):
-            self.best = {name: gain.detach().clone() for name, gain in self.gains.items()}
-        learned = sum(self._recent) / len(self._recent) if self._recent else held
-        self.history.append({"step": self.step, "held": held, "learned": learned})
-        self._recent = []
-        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for name, gain in self.gains.items():
-            tensors[f"gain.{name}"] = gain.detach()
-            for moment, value in self.optimizer.state.get(gain, {}).items():
-                tensors[f"{moment}.{name}"] = value
-        write_tensors(self.path, tensors, {"step": str(self.step), "history": json.dumps(self.history)})
-
-    def restore(self) -> None:
-        """Go on from the last look, if there is one."""
-        if not self.path.exists():
-            return
-        tensors, metadata = read_tensors(self.path)
-        self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
-        for name, gain in self.gains.items():
-            gain.data.copy_(tensors[f"gain.{name}"])
-            self.best[name] = tensors[f"best.{name}"]
-            if f"exp_avg.{name}" in tensors:
-                moments = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[gain] = {moment: tensors[f"{moment}.{name}"] for moment in moments}
-
-    def take_best(self) -> None:
-        for name, gain in self.gains.items():
-            gain.data.copy_(self.best[name])

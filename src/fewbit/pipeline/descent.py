@@ -1,0 +1,83 @@
+"""Descent that can be interrupted: parameters, moments, the best state so far and its history, in one file.
+
+Held-out windows decide when to stop and which state to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fewbit.checkpoint.store import read_tensors, write_tensors
+
+PATIENCE = 2  # looks without a gain after which learning ends
+BETAS = (0.9, 0.95)
+WARM_UP = 8
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: a short rise, then half a cosine."""
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Descent:
+    """Everything that learning needs to go on: gains, moments, the best gains so far and the history."""
+
+    def __init__(self, gains: dict[str, nn.Parameter], rate: float, path: Path) -> None:
+        self.gains = gains
+        self.rate = rate
+        self.path = path
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._recent: list[float] = []
+        self.optimizer = torch.optim.Adam(list(gains.values()), lr=rate, betas=BETAS)
+        self.best = {name: gain.detach().clone() for name, gain in gains.items()}
+
+    @property
+    def stale(self) -> bool:
+        """Whether the last `PATIENCE` looks brought nothing."""
+        held = [entry["held"] for entry in self.history]
+        return len(held) > PATIENCE and min(held[-PATIENCE:]) >= min(held[:-PATIENCE])
+
+    def descend(self, loss: float, share: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * share
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._recent.append(loss)
+
+    def look(self, held: float) -> None:
+        """Note the held-out divergence, keep the gains where it is the least, and save everything."""
+        if all(held < entry["held"] for entry in self.history):
+            self.best = {name: gain.detach().clone() for name, gain in self.gains.items()}
+        learned = sum(self._recent) / len(self._recent) if self._recent else held
+        self.history.append({"step": self.step, "held": held, "learned": learned})
+        self._recent = []
+        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, gain in self.gains.items():
+            tensors[f"gain.{name}"] = gain.detach()
+            for moment, value in self.optimizer.state.get(gain, {}).items():
+                tensors[f"{moment}.{name}"] = value
+        write_tensors(self.path, tensors, {"step": str(self.step), "history": json.dumps(self.history)})
+
+    def restore(self) -> None:
+        """Go on from the last look, if there is one."""
+        if not self.path.exists():
+            return
+        tensors, metadata = read_tensors(self.path)
+        self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
+        for name, gain in self.gains.items():
+            gain.data.copy_(tensors[f"gain.{name}"])
+            self.best[name] = tensors[f"best.{name}"]
+            if f"exp_avg.{name}" in tensors:
+                moments = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[gain] = {moment: tensors[f"{moment}.{name}"] for moment in moments}
+
+    def take_best(self) -> None:
+        for name, gain in self.gains.items():
+            gain.data.copy_(self.best[name])
