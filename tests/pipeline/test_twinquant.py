@@ -14,6 +14,7 @@ from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.errors import UsageError
 from fewbit.loading import load
+from fewbit.math.manifolds import MOST_CONDITION
 from fewbit.models import get_family
 from fewbit.pipeline.calibrate import LayerStream
 from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
@@ -24,7 +25,14 @@ from fewbit.pipeline.texts import CalibrationText, calibration_windows
 
 
 def options(**choices) -> QuantizeOptions:
-    common = {"head": "bf16", "calib_tokens": 4096, "calib_window": 64, "calib_dtype": "float32", "rank": 64}
+    common = {
+        "head": "bf16",
+        "calib_tokens": 4096,
+        "calib_window": 64,
+        "calib_dtype": "float32",
+        "rank": 64,
+        "learn": False,
+    }
     return QuantizeOptions(format="twinquant", **{**common, **choices})
 
 
@@ -37,26 +45,35 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copy(file, target)
 
 
-@pytest.fixture(scope="module")
-def wide_dir(tiny_models, tmp_path_factory) -> Path:
-    """A random model whose matrices are wide enough for a branch."""
+def wide(directory: Path, tokenizer: Path, tied: bool) -> Path:
+    """A random model whose matrices are wide enough for a branch, and whose predictions are not flat."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
     sizes = {"vocab_size": 96, "hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 128}
-    config = AutoConfig.for_model("qwen2", **sizes, **heads, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    config = AutoConfig.for_model("qwen2", **sizes, **heads, **tokens, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.2, 2.0)
-            elif name.endswith("proj.weight"):
+            elif name.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight")):
                 parameter.normal_(std=0.06)
-    directory = tmp_path_factory.mktemp("wide")
     model.save_pretrained(directory)
-    copy_tokenizer(tiny_models["tied"], directory)
+    copy_tokenizer(tokenizer, directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def wide_dir(tiny_models, tmp_path_factory) -> Path:
+    return wide(tmp_path_factory.mktemp("wide"), tiny_models["tied"], False)
+
+
+@pytest.fixture(scope="module")
+def tied_dir(tiny_models, tmp_path_factory) -> Path:
+    return wide(tmp_path_factory.mktemp("tied"), tiny_models["tied"], True)
 
 
 def distance(directory: Path, out: Path, text: Path) -> float:
@@ -114,10 +131,35 @@ def test_smoothing_changes_nothing_but_the_axes_and_balances_them(wide_dir, cali
     columns = (layer.mlp.gate_proj.weight.square().sum(0) + layer.mlp.up_proj.weight.square().sum(0)).sqrt()
     ratio = (columns / deviations).log()
     assert ratio.std() < 0.02
-    assert torch.equal(
-        measure_scales(source, windows, torch.float32, tmp_path, Silent()).gains.popitem()[1],
-        Transform.load(tmp_path / TRANSFORM).gains.popitem()[1],
-    )
+    again = measure_scales(source, windows, torch.float32, tmp_path, Silent())
+    assert all(torch.equal(gain, transform.gains[name]) for name, gain in again.gains.items())
+
+
+def test_learning_gains_keeps_rotations_orthogonal_and_leaves_an_equivalent_model(tied_dir, calibration_text, tmp_path):
+    source = open_source(tied_dir)
+    chosen = options(act_bits=4, learn=True, learn_steps=48)
+    quantize(tied_dir, tmp_path / "out", chosen, [calibration_text])
+    artifact = Artifact.open(tmp_path / "out")
+    learning = artifact.record["learning"]
+    held = [look["held"] for look in learning["history"]]
+    assert min(held) < 0.98 * held[0]
+    assert learning["deviation"] < 1e-5
+    assert 1 <= learning["condition"] <= MOST_CONDITION
+    transform = Transform.load(tmp_path / "out" / TRANSFORM)
+    turn = transform.residual
+    assert (turn.T @ turn - torch.eye(len(turn), dtype=turn.dtype)).abs().max() < 1e-12
+    assert (turn - torch.eye(len(turn))).abs().max() > 1e-3
+    ids = torch.randint(0, 96, (2, 60), generator=torch.Generator().manual_seed(0))
+    changed = EquivalentSource(source, transform)
+    with torch.no_grad():
+        exact, found = (load_plain(which, torch.float32)(ids).logits for which in (source, changed))
+    assert (found - exact).abs().max() < 2e-5 * exact.abs().max()
+    assert [problem for _, problem in artifact.verify(source) if problem] == []
+    # The head is still tied, behind a product of the final norm.
+    assert "lm_head" not in artifact.modules
+    model, _ = load(tmp_path / "out", torch.float32)
+    assert model.model.norm.rotation.shape == (288, 288)
+    assert distance(tied_dir, tmp_path / "out", calibration_text) < 0.3
 
 
 @pytest.mark.parametrize("sequential", [True, False])

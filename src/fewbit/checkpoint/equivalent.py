@@ -62,14 +62,16 @@ class Transform:
 
 
 class EquivalentSource(Source):
-    """`source` under a transform. Products run in float64, and tensors come out in float32.
+    """`source` under a transform. Products run in float64, unless `dtype` says otherwise; tensors come out in float32.
+
+    The transform's tensors may be ones that gradients flow through; `columns`, `outputs` and `gain` let them pass.
 
     A turned residual stream leaves the final norm's gain on axes that the head does not have. An untied head takes it
     in; a tied one reads the same table as the embedding, so the final norm gets a further parameter,
     `rotation [H, H]`, which its output is multiplied with.
     """
 
-    def __init__(self, source: Source, transform: Transform) -> None:
+    def __init__(self, source: Source, transform: Transform, dtype: torch.dtype = torch.float64) -> None:
         """Raises `UsageError` where the family has a norm on the residual stream that feeds no linear, which a turn
         of the stream does not commute with."""
         self.source = source
@@ -77,7 +79,8 @@ class EquivalentSource(Source):
         self.path = source.path
         self.config = source.config
         self.family: Family = get_family(source.config.model_type)
-        self._residual = None if transform.residual is None else transform.residual.double()
+        self._dtype = dtype
+        self._residual = None if transform.residual is None else transform.residual.to(dtype)
         self._rotated_tie = self._residual is not None and source.tied_embeddings
         if self._residual is not None:
             self._check_norms()
@@ -128,7 +131,7 @@ class EquivalentSource(Source):
         if place is None:
             return self.source.rows(name, start, stop)
         if kind == "weight" and any(shared.norm == place.name for shared in family.inputs):
-            return self._gain(module)[start:stop]
+            return self.gain(module)[start:stop]
         return self._linear(name, module, place, start, stop)
 
     def _require_residual(self) -> torch.Tensor:
@@ -136,7 +139,7 @@ class EquivalentSource(Source):
         return self._residual
 
     def _turned(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self._residual is None else (rows.double() @ self._residual).float()
+        return rows if self._residual is None else (rows.to(self._dtype) @ self._residual).float()
 
     def _final(self, kind: str) -> torch.Tensor:
         """The final norm's gain, which is 1 where the head or the rotation has taken it in, or that rotation."""
@@ -144,10 +147,11 @@ class EquivalentSource(Source):
         if self._residual is None:
             return gain
         if kind == OUTPUT_ROTATION:
-            return ((self._residual.T * gain.double()) @ self._residual).float()
+            return ((self._residual.T * gain.to(self._dtype)) @ self._residual).float()
         return torch.ones_like(gain)
 
-    def _gain(self, norm: str) -> torch.Tensor:
+    def gain(self, norm: str) -> torch.Tensor:
+        """The new gain of a norm of a layer, float32 `[H]`."""
         old = self.source.tensor(f"{norm}.weight")
         if norm in self.transform.gains:
             return self.transform.gains[norm].float()
@@ -155,59 +159,67 @@ class EquivalentSource(Source):
 
     def _linear(self, name: str, module: str, place: Place, start: int, stop: int) -> torch.Tensor:
         """Rows of a weight or entries of a bias of a layer."""
-        reads = self._reading(place)
-        turned = self._residual is not None and reads is not None and reads.writes_residual
         values = next((s for s in self.family.inputs if s.values == place.name), None)
         # What mixes rows needs all of them.
-        whole = turned or (values is not None and place.beside(values.linears[0]) in self.transform.values)
+        whole = self._writes(place) or (values is not None and place.beside(values.linears[0]) in self.transform.values)
         first, last = (0, self.source.shape(name)[0]) if whole else (start, stop)
-        weight = self.source.rows(name, first, last).double()
+        weight = self.source.rows(name, first, last).to(self._dtype)
         if weight.ndim == 2:
-            weight = self._columns(weight, module, place)
-        weight = self._rows(weight, place, first, last)
-        if turned:
-            return (self._require_residual()[:, start:stop].T @ weight).float()
-        return weight.float()[start - first : stop - first]
+            weight = self.columns(weight, module)
+        return self._outputs(weight, place, first)[start - first : stop - first].float()
 
     def _reading(self, place: Place) -> SharedInput | None:
         shared = self.family.inputs
         return next((s for s in shared if place.name in s.linears or place.name in s.routers), None)
 
-    def _columns(self, weight: torch.Tensor, module: str, place: Place) -> torch.Tensor:
-        """The weight, float64 `[n, K]`, for inputs on their new axes."""
+    def _writes(self, place: Place) -> bool:
+        """Whether a linear's outputs go to a residual stream that is turned."""
         reads = self._reading(place)
-        if reads is None:
-            return weight
+        return self._residual is not None and reads is not None and reads.writes_residual
+
+    def columns(self, matrix: torch.Tensor, module: str) -> torch.Tensor:
+        """A matrix `[n, K]` that multiplies the inputs of a linear, for those inputs on their new axes."""
+        place = self.family.place(module)
+        reads = None if place is None else self._reading(place)
+        if place is None or reads is None:
+            return matrix
         if reads.norm is not None:
             norm = f"{place.prefix}.{reads.norm}"
             if self._residual is None and norm not in self.transform.gains:
-                return weight
-            weight = weight * self.source.tensor(f"{norm}.weight").double()
+                return matrix
+            matrix = matrix * self.source.tensor(f"{norm}.weight").to(self._dtype)
             if self._residual is not None:
-                weight = weight @ self._residual
-            return weight / self._gain(norm).double()
+                matrix = matrix @ self._residual
+            return matrix / self.gain(norm).to(self._dtype)
         if module in self.transform.scales:
-            return weight / self.transform.scales[module].double()
+            return matrix / self.transform.scales[module].to(self._dtype)
         if module in self.transform.values:
-            heads = self.transform.values[module].double()
+            heads = self.transform.values[module].to(self._dtype)
             undo = torch.linalg.inv(heads).transpose(1, 2)
-            each = weight.view(weight.shape[0], -1, undo.shape[1])
+            each = matrix.view(matrix.shape[0], -1, undo.shape[1])
             repeats = each.shape[1] // undo.shape[0]
-            return torch.einsum("nhi,hij->nhj", each, undo.repeat_interleave(repeats, 0)).reshape(weight.shape)
-        return weight
+            return torch.einsum("nhi,hij->nhj", each, undo.repeat_interleave(repeats, 0)).reshape(matrix.shape)
+        return matrix
 
-    def _rows(self, weight: torch.Tensor, place: Place, first: int, last: int) -> torch.Tensor:
-        """Weight `[n, K]` or bias `[n]`, float64, for what reads its outputs on new axes."""
+    def outputs(self, matrix: torch.Tensor, module: str) -> torch.Tensor:
+        """A matrix `[N, ...]` or a bias `[N]` that gives a linear's outputs, for those outputs on their new axes."""
+        place = self.family.place(module)
+        return matrix if place is None else self._outputs(matrix, place, 0)
+
+    def _outputs(self, matrix: torch.Tensor, place: Place, first: int) -> torch.Tensor:
+        """The same for rows from `first` on, of which only a plain scaling may miss some."""
+        if self._residual is not None and self._writes(place):
+            return self._residual.T @ matrix
         for shared in self.family.inputs:
             reader = place.beside(shared.linears[0])
             if shared.scaled_by == place.name and reader in self.transform.scales:
-                scale = self.transform.scales[reader][first:last].double()
-                return weight * (scale[:, None] if weight.ndim == 2 else scale)
+                scale = self.transform.scales[reader][first : first + matrix.shape[0]].to(self._dtype)
+                return matrix * (scale[:, None] if matrix.ndim == 2 else scale)
             if shared.values == place.name and reader in self.transform.values:
-                heads = self.transform.values[reader].double()
-                each = weight.view(heads.shape[0], heads.shape[1], -1)
-                return (heads.transpose(1, 2) @ each).view(weight.shape)
-        return weight
+                heads = self.transform.values[reader].to(self._dtype)
+                each = matrix.view(heads.shape[0], heads.shape[1], -1)
+                return (heads.transpose(1, 2) @ each).view(matrix.shape)
+        return matrix
 
     def fingerprint(self) -> str:
         known = self.source.fingerprint() + tensors_hash(self.transform.tensors())

@@ -49,6 +49,11 @@ class Source(ABC):
     config: PretrainedConfig
 
     @property
+    def rotated_tie(self) -> bool:
+        """Whether a tied head reads the final norm's outputs times a matrix, the norm's parameter `rotation`."""
+        return False
+
+    @property
     def tied_embeddings(self) -> bool:
         """Whether the output head is the embedding table; `names` then holds no `lm_head.weight`."""
         return bool(getattr(self.config, "tie_word_embeddings", False))

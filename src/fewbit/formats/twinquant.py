@@ -119,7 +119,9 @@ class TwinQuant(Format):
         if hessian is None:
             # Inputs of which nothing is known are as good as white; feedback then only repays U's and V's rounding.
             hessian = torch.eye(spec.cols)
-        directions = balanced(leading_directions(matrix, spec.rank, hessian, "svd"), hessian)
+        directions = calibration.get("directions")
+        if directions is None:
+            directions = balanced(leading_directions(matrix, spec.rank, hessian, "svd"), hessian)
         rounded = quantize_rotated(int4, directions, down_spec(spec), factor)
         down, parts = rounded.values, {DOWN + name: part for name, part in rounded.parts.items()}
         noise = self._branch_noise(calibration.get("held"), down, spec)

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbit.checkpoint.artifact import check_version, modules_from_json
+from fewbit.checkpoint.equivalent import rotate_output
 from fewbit.checkpoint.store import FORMAT_VERSION
 from fewbit.errors import CorruptFile
 from fewbit.experts import separate_experts
@@ -60,6 +61,9 @@ class FewbitQuantizer(HfQuantizer):
                 else:
                     packed = FewbitLinear(description, original.bias is not None, dtype)
             model.set_submodule(name, packed)
+        if settings.get("rotated_output") and family is not None:
+            with torch.device("meta"):
+                rotate_output(model.get_submodule(family.final_norm))
         self._tie(model)
         return model
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from fewbit.checkpoint.equivalent import rotate_output
 from fewbit.checkpoint.source import Source, SourceRows
 from fewbit.errors import NonFiniteWeights
 from fewbit.experts import separate_experts
@@ -90,6 +91,8 @@ class LayerStream:
             config = copy.deepcopy(source.config)
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             separate_experts(self.model, family)
+            if source.rotated_tie:
+                rotate_output(self.model.get_submodule(family.final_norm))
         self.layers: nn.ModuleList = self.model.get_submodule(family.layers)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 

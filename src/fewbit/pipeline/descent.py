@@ -27,14 +27,18 @@ def share_of_rate(step: int, steps: int) -> float:
 class Descent:
     """Everything that learning needs to go on: gains, moments, the best gains so far and the history."""
 
-    def __init__(self, gains: dict[str, nn.Parameter], rate: float, path: Path) -> None:
+    def __init__(
+        self, gains: dict[str, nn.Parameter], rate: float, path: Path, factors: dict[str, float] | None = None
+    ) -> None:
+        """`rate` is Adam's; `factors` are what it is times for some of the parameters."""
         self.gains = gains
         self.rate = rate
         self.path = path
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._recent: list[float] = []
-        self.optimizer = torch.optim.Adam(list(gains.values()), lr=rate, betas=BETAS)
+        self._factors = [(factors or {}).get(name, 1.0) for name in gains]
+        self.optimizer = torch.optim.Adam([{"params": [gain]} for gain in gains.values()], lr=rate, betas=BETAS)
         self.best = {name: gain.detach().clone() for name, gain in gains.items()}
 
     @property
@@ -44,8 +48,8 @@ class Descent:
         return len(held) > PATIENCE and min(held[-PATIENCE:]) >= min(held[:-PATIENCE])
 
     def descend(self, loss: float, share: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * share
+        for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = self.rate * factor * share
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

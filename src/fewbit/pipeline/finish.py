@@ -17,10 +17,11 @@ from fewbit import __version__
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule, modules_to_json
 from fewbit.checkpoint.equivalent import TRANSFORM, equivalent
 from fewbit.checkpoint.source import Source
-from fewbit.checkpoint.store import FORMAT_VERSION, ShardedWriter, tensors_hash, write_json
+from fewbit.checkpoint.store import FORMAT_VERSION, ShardedWriter, read_json, tensors_hash, write_json
 from fewbit.errors import CorruptFile, NonFiniteWeights
 from fewbit.math.rounding import CHUNK_WEIGHTS
 from fewbit.pipeline.jobs import read_shard, shard_path
+from fewbit.pipeline.learn import REPORT as LEARNED
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
 from fewbit.pipeline.tune import TUNED, tuning_result
@@ -47,7 +48,7 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
         records.append(_add(changed, plan, tensor, work, tuned, writer))
         progress.advance()
     writer.close()
-    write_json(built / "config.json", _config(source, plan))
+    write_json(built / "config.json", _config(changed, plan))
     write_json(
         built / "fewbit.json",
         {
@@ -57,6 +58,7 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
             "source_fingerprint": plan.fingerprint,
             "tensors": records,
             **({"tuning": report} if report else {}),
+            **({"learning": read_json(work / LEARNED)} if (work / LEARNED).exists() else {}),
         },
     )
     (built / "README.md").write_text(_card(plan))
@@ -143,6 +145,7 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
         "quant_method": "fewbit",
         "format_version": FORMAT_VERSION,
         "modules": modules_to_json(modules),
+        **({"rotated_output": True} if source.rotated_tie else {}),
     }
     return config
 

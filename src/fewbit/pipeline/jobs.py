@@ -25,6 +25,7 @@ from fewbit.math.rounding import decoded_error
 from fewbit.pipeline.plan import Plan, PlannedTensor
 
 PLAN_FILE = "plan.json"
+BRANCHES = "branches.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def round_tensor(job: RoundJob) -> dict[str, Any]:
     spec = tensor.spec
     assert spec is not None
     calibration = read_tensors(work / job.calibration)[0] if job.calibration else {}
+    if spec.rank and (work / BRANCHES).exists():
+        calibration["directions"] = read_tensors(work / BRANCHES)[0][tensor.module]
     signs = tensor_signs(tensor)
     try:
         rows = SourceRows(source, tensor.name)

@@ -39,6 +39,8 @@ CALIB_DTYPES = ("auto", "bfloat16", "float32")
 TUNED_WEIGHTS = 2_000_000_000  # models up to here are tuned unless asked otherwise
 TRIAL_TOKENS = 8192
 LEAST_STEPS, MOST_STEPS = 40, 320
+LEAST_LEARNED, MOST_LEARNED = 16, 160
+LEARNED_WEIGHTS = 1.3e10  # steps times weights that learning takes by default: 80 steps for 163 M weights
 STEP_WEIGHTS = 2.2e10  # steps times weights that tuning takes by default: 160 steps for 135 M weights
 
 
@@ -49,7 +51,8 @@ class QuantizeOptions:
     `format`, `code` (of itq3_s) and `bits` (0: 3, or 4 for twinquant) say how the linears of the decoder layers are
     stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the low-rank branch,
     `act_bits` the width of inputs, and with `smooth` scales that make inputs cheaper to quantize are folded into norms,
-    up and value projections.
+    up and value projections. With `learn` (None: for models up to 2 G weights) axes are learned before rounding, in at
+    most `learn_steps` steps (0: fewer for larger models).
 
     A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4 bits come to, chosen
     by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its place. Head "auto" joins
@@ -84,6 +87,8 @@ class QuantizeOptions:
     rank: int = 128
     act_bits: int = 8
     smooth: bool = True
+    learn: bool | None = None
+    learn_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -132,6 +137,10 @@ class QuantizeOptions:
             raise UsageError(f"code {self.code} is one of itq3_s; twinquant has none to choose")
         if self.tune:
             raise UsageError("twinquant is not tuned after rounding; leave --tune out")
+        if self.learn and not self.smooths:
+            raise UsageError("axes are learned from calibration text and measured scales: use ldlq and smoothing")
+        if self.learn_steps < 0:
+            raise UsageError("learning takes a positive number of steps")
         # The format knows what ranks and widths there are.
         get_format(self.format_name).spec(128, 128, 4, **self.spec_choices)
 
@@ -189,7 +198,16 @@ class QuantizeOptions:
         fits = self.rounding == "ldlq" and self.format == "itq3_s" and weights <= TUNED_WEIGHTS
         tune = self.tune if self.tune is not None else fits
         steps = self.tune_steps or max(LEAST_STEPS, min(MOST_STEPS, int(STEP_WEIGHTS / max(1, weights))))
-        return replace(self, calib_dtype=dtype, tune=tune, tune_steps=steps if tune else 0)
+        learn = self.smooths and (self.learn if self.learn is not None else weights <= TUNED_WEIGHTS)
+        learn_steps = self.learn_steps or max(LEAST_LEARNED, min(MOST_LEARNED, int(LEARNED_WEIGHTS / max(1, weights))))
+        return replace(
+            self,
+            calib_dtype=dtype,
+            tune=tune,
+            tune_steps=steps if tune else 0,
+            learn=learn,
+            learn_steps=learn_steps if learn else 0,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

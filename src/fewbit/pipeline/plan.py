@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewbit import __version__
+from fewbit.checkpoint.equivalent import EquivalentSource, Transform
 from fewbit.checkpoint.source import Source
 from fewbit.errors import CorruptFile, UnsupportedShape
 from fewbit.formats import TensorSpec, get_format
@@ -155,8 +158,13 @@ def make_plan(
     those of the options.
     """
     family = get_family(source.config.model_type)
+    stored = source
+    if options.learn:
+        # A turn of the residual stream may add a tensor; which one it is does not matter here.
+        width = source.shape(f"{family.embed}.weight")[1]
+        stored = EquivalentSource(source, Transform(torch.eye(width)))
     tensors = tuple(
-        _plan_tensor(source, family, name, options, bits or {}) for name in sorted(source.names(), key=_natural)
+        _plan_tensor(stored, family, name, options, bits or {}) for name in sorted(stored.names(), key=_natural)
     )
     choices = {**options.to_json(), "calibration": calibration}
     # Workers on other machines, and later runs, may start in another directory.

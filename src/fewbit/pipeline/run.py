@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from fewbit.checkpoint.equivalent import equivalent
+from fewbit.checkpoint.equivalent import TRANSFORM, equivalent
 from fewbit.checkpoint.source import Source, open_source
 from fewbit.checkpoint.store import disk_errors
 from fewbit.errors import UsageError
 from fewbit.pipeline.allocate import Choice, allocate, check_budget
 from fewbit.pipeline.executors import check_executor, make_executor
 from fewbit.pipeline.finish import finish
+from fewbit.pipeline.learn import Learner, learning_windows
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.predict import predict
@@ -86,12 +87,13 @@ class Placement:
 @dataclass(frozen=True)
 class Prepared:
     """A request, read and planned: the source, the resolved options, the calibration windows int64 `[n, window]`
-    (None where the options need no calibration), those of tuning (None without) and the plan."""
+    (None where the options need no calibration), those of tuning and learning (None without) and the plan."""
 
     source: Source
     options: QuantizeOptions
     windows: torch.Tensor | None
     tuning: torch.Tensor | None
+    learning: torch.Tensor | None
     plan: Plan
 
 
@@ -113,7 +115,7 @@ def prepare(
     earlier = earlier_plan(work) if work is not None and not placement.fresh else None
     source = open_source(model)
     options = options.resolved(source.weights(), earlier.options if earlier else None)
-    windows = tuning = None
+    windows = tuning = learning = None
     known = ""
     if options.rounding == "ldlq":
         texts = [text if isinstance(text, CalibrationText) else CalibrationText.parse(text) for text in calibration]
@@ -125,13 +127,17 @@ def prepare(
             wanted = tuning_windows(options.tune_steps) * options.calib_window
             tuning, _ = calibration_windows(source, texts, wanted, options.calib_window)
             known += tokens_hash(tuning)
+        if options.learn:
+            wanted = learning_windows(options.learn_steps) * options.calib_window
+            learning, _ = calibration_windows(source, texts, wanted, options.calib_window)
+            known += tokens_hash(learning)
     if not options.allocates:
-        return Prepared(source, options, windows, tuning, make_plan(source, options, known))
+        return Prepared(source, options, windows, tuning, learning, make_plan(source, options, known))
     assert windows is not None
     if work is None:
         raise UsageError("bits that follow from sensitivities need a work directory to measure them in")
     bits = choose_bits(source, options, windows, placement, work / "sensitivity", progress or Silent())
-    return Prepared(source, options, windows, tuning, make_plan(source, options, known, bits))
+    return Prepared(source, options, windows, tuning, None, make_plan(source, options, known, bits))
 
 
 def choose_bits(
@@ -211,7 +217,9 @@ def _quantize(
     started = time.monotonic()
     found = prepare(model, options, calibration, placement, work, progress)
     source, plan, windows = found.source, found.plan, found.windows
-    tokens = [0 if cut is None else cut.numel() for cut in (windows, found.tuning)]
+    tokens = [
+        0 if cut is None else cut.numel() for cut in (windows, found.learning if found.tuning is None else found.tuning)
+    ]
     check_space(work, output, plan, *tokens)
     open_work(work, plan, {"prediction": predict(plan, windows)}, placement.fresh, ("sensitivity",))
     executor = make_executor(placement.executor, placement.workers)
@@ -219,7 +227,12 @@ def _quantize(
     try:
         with torch.no_grad(), disk_errors(work):
             if found.options.smooths and windows is not None:
-                measure_scales(source, windows, getattr(torch, plan.options["calib_dtype"]), work, logged)
+                scales = measure_scales(source, windows, getattr(torch, plan.options["calib_dtype"]), work, logged)
+                if found.learning is None:
+                    scales.save(work / TRANSFORM)
+                else:
+                    with torch.enable_grad():
+                        Learner(source, plan, scales, found.learning, work, logged).run()
             maker = ShardMaker(equivalent(source, work), plan, windows, work, executor, logged)
             maker.layers()
             maker.tables()

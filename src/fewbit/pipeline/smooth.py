@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from fewbit.checkpoint.equivalent import TRANSFORM, Transform
+from fewbit.checkpoint.equivalent import Transform
 from fewbit.checkpoint.source import Source
 from fewbit.models import SharedInput, get_family
 from fewbit.pipeline.calibrate import LayerStream
 from fewbit.pipeline.progress import Progress
 
+SCALES = "scales.safetensors"
 WINDOWS = 16  # windows of calibration text that are enough for a variance
 FLOOR = 1e-3  # of the mean deviation; channels that hardly move count as that
 MOST = 100.0  # no scale is further from the typical one
@@ -53,7 +54,7 @@ def measure_scales(
 
     Layers run in full precision, one in memory, with products in `dtype`.
     """
-    path = work / TRANSFORM
+    path = work / SCALES
     if path.exists():
         return Transform.load(path)
     stream = LayerStream(source, get_family(source.config.model_type), windows[:WINDOWS], dtype)

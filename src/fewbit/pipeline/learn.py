@@ -1,0 +1,328 @@
+"""TwinQuant's learning: axes on which a model, once quantized, predicts most like the full one.
+
+The residual stream's rotation and those of the heads' values move on the Stiefel manifold, the factor between the two
+parts of each branch on the general linear group (`G = P S`), and the scales of inputs, positive numbers, by their
+logarithms; all of them jointly. The loss is KL(full || quantized) from end to end, with weights, branches and inputs
+rounded to nearest as the format does and gradients passed straight through. What is learned goes into the transform
+and, for the branches, into the rows of U that rounding starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fewbit.checkpoint.equivalent import TRANSFORM, EquivalentSource, Transform
+from fewbit.checkpoint.source import Source
+from fewbit.checkpoint.store import write_json, write_tensors
+from fewbit.formats.base import TensorSpec
+from fewbit.math.hadamard import rotate
+from fewbit.math.lowrank import balanced, leading_directions
+from fewbit.math.manifolds import MOST_CONDITION, Invertible, Orthogonal
+from fewbit.models import Family, get_family
+from fewbit.pipeline.calibrate import LayerStream
+from fewbit.pipeline.descent import Descent, share_of_rate
+from fewbit.pipeline.jobs import BRANCHES, tensor_signs
+from fewbit.pipeline.plan import Plan, PlannedTensor
+from fewbit.pipeline.progress import Progress
+from fewbit.pipeline.teacher import Divergence, Teacher
+
+WINDOWS_PER_STEP = 2
+HELD_BATCHES = 4
+CHECK_EVERY = 16
+RATES = {"residual": 1e-3, "values": 1e-3, "gains": 1e-2, "scales": 1e-2, "branches": 2e-3}
+STATE = "learning.safetensors"
+REPORT = "learning.json"
+
+
+def _rounded(x: torch.Tensor, group: int, bits: int) -> torch.Tensor:
+    """Rounding to nearest in groups along the last axis, with the format's scales; the gradient passes unchanged."""
+    if bits == 16:
+        return x
+    with torch.no_grad():
+        groups = x.view(*x.shape[:-1], -1, group)
+        if bits == 4:
+            least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            scale = torch.where(most > -least, most, least) / -8
+            low, high = -8, 7
+        else:
+            scale, low, high = groups.abs().amax(-1, keepdim=True) / 127, -127, 127
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        error = ((groups / scale).round_().clamp_(low, high) * scale).view(x.shape) - x
+    return x + error
+
+
+class Axes(nn.Module):
+    """Everything that is learned, from a smoothing transform on."""
+
+    def __init__(self, source: Source, family: Family, start: Transform, width: int) -> None:
+        super().__init__()
+        self.source = source
+        self.family = family
+        self.start = start
+        self.residual = Orthogonal(torch.eye(width))
+        self.gains = _zeros(start.gains)
+        self.scales = _zeros(start.scales)
+        self.values = nn.ModuleDict({_key(name): Orthogonal(_identities(head)) for name, head in start.values.items()})
+        self.branches = nn.ModuleDict()
+
+    def transform(self) -> Transform:
+        """The transform as it stands; gradients flow through its tensors."""
+        return Transform(
+            self.residual(),
+            {name: gain * self.gains[_key(name)].exp() for name, gain in self.start.gains.items()},
+            {name: scale * self.scales[_key(name)].exp() for name, scale in self.start.scales.items()},
+            {name: heads @ self.values[_key(name)]() for name, heads in self.start.values.items()},
+        )
+
+    def equivalent(self) -> EquivalentSource:
+        return EquivalentSource(self.source, self.transform(), torch.float32)
+
+    def rate(self, name: str) -> float:
+        return RATES[name.partition(".")[0]]
+
+    def deviation(self) -> float:
+        """How far the rotations are from orthogonal, in the worst entry."""
+        rotations = [self.residual, *self.values.values()]
+        return max(rotation.deviation() for rotation in rotations)  # type: ignore[operator]
+
+    def condition(self) -> float:
+        """The worst condition number of a branch's factor."""
+        return max((branch.positive.condition() for branch in self.branches.values()), default=1.0)  # type: ignore[operator, union-attr]
+
+    def restrain(self) -> None:
+        for branch in self.branches.values():
+            branch.positive.restrain(MOST_CONDITION)  # type: ignore[operator, union-attr]
+
+
+def _key(name: str) -> str:
+    """A module's name as the key of a module dictionary, which takes no dots."""
+    return name.replace(".", "/")
+
+
+def _zeros(tensors: dict[str, torch.Tensor]) -> nn.ParameterDict:
+    return nn.ParameterDict({_key(name): nn.Parameter(torch.zeros_like(value)) for name, value in tensors.items()})
+
+
+def _identities(heads: torch.Tensor) -> torch.Tensor:
+    return torch.eye(heads.shape[1]).expand(heads.shape).contiguous()
+
+
+class LearnedLinear(nn.Module):
+    """A linear whose weight and inputs are quantized on axes that are learned; `[..., K]` to `[..., N]`.
+
+    `weight [N, K]` and `bias [N]` are the source's. A branch has `U = G start` on the axes of the moment, and V takes
+    what U can give, so that `V U` does not depend on G but for rounding.
+    """
+
+    def __init__(self, tensor: PlannedTensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        assert tensor.spec is not None
+        self.name = tensor.module
+        self.spec: TensorSpec = tensor.spec
+        self.signs = tensor_signs(tensor)
+        self.weight = weight
+        self.bias = bias
+        self.axes: EquivalentSource
+        self.start: torch.Tensor | None = None
+        self.factor: Any = None
+
+    def _rotated(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns if self.signs is None else rotate(columns, self.signs, self.spec.block)
+
+    def moved(self) -> torch.Tensor:
+        """The weight `[N, K]` on the axes of the moment."""
+        return self.axes.outputs(self._rotated(self.axes.columns(self.weight, self.name)), self.name)
+
+    def begin_branch(self, factor: nn.Module) -> None:
+        """Take the leading directions of the weight as it is now, on axes that spread h evenly."""
+        directions = leading_directions(self.moved(), self.spec.rank, None, "svd")
+        self.start = balanced(directions, torch.eye(self.spec.cols))
+        # Registered where everything is that is learned.
+        object.__setattr__(self, "factor", factor)
+
+    def down(self) -> torch.Tensor:
+        """U `[r, K]` of the moment, before rounding."""
+        return self.factor() @ self.start
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        group, act_bits = self.spec.group, self.spec.act_bits
+        weight = self.moved()
+        mean = x.detach().flatten(0, -2).mean(0)
+        seen = _rounded(self._rotated(x - mean), group, act_bits)
+        y, residual = self._rotated(mean) @ weight.T, weight
+        if self.start is not None:
+            down = _rounded(self.down(), group, 4)
+            up = _rounded(torch.linalg.solve(down @ down.T, down @ weight.T).T, group, 4)
+            residual = weight - up @ down
+            y = y + _rounded(seen @ down.T, group, act_bits) @ up.T
+        y = y + seen @ _rounded(residual, group, 4).T
+        return y if self.bias is None else y + self.axes.outputs(self.bias, self.name)
+
+
+class Learner:
+    """The whole model on learned axes, quantized on the way, and the full one to learn from."""
+
+    def __init__(
+        self, source: Source, plan: Plan, start: Transform, windows: torch.Tensor, work: Path, progress: Progress
+    ) -> None:
+        """`start` is the transform to begin with, `windows` token ids int64 `[n, window]`."""
+        self.source = source
+        self.plan = plan
+        self.work = work
+        self.progress = progress
+        self.family = get_family(plan.model_type)
+        self.windows = windows[: windows.shape[0] // WINDOWS_PER_STEP * WINDOWS_PER_STEP]
+        self.stream = LayerStream(source, self.family, self.windows, torch.float32, WINDOWS_PER_STEP)
+        self.teacher = Teacher(self.stream, work, progress)
+        width = source.shape(f"{self.family.embed}.weight")[1]
+        self.axes = Axes(source, self.family, start, width)
+        self.linears: dict[str, LearnedLinear] = {}
+        self.routers: dict[str, torch.Tensor] = {}
+
+    def run(self) -> None:
+        """Learn, and write the transform and the branches; does nothing where that is done."""
+        if (self.work / TRANSFORM).exists():
+            return
+        least = 2 * WINDOWS_PER_STEP
+        if self.windows.shape[0] < least:
+            self.progress.note(f"not learned: that takes {least} windows of calibration text at least")
+            start, width = self.axes.start, self.axes.residual().shape[0]
+            Transform(torch.eye(width), start.gains, start.scales, start.values).save(self.work / TRANSFORM)
+            return
+        self.teacher.run()
+        self._load()
+        report = self._learn()
+        self._store()
+        write_json(self.work / REPORT, report)
+        self.teacher.discard()
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        """Fill the model: linears that quantize themselves, everything else as it is."""
+        model = self.stream.model
+        for tensor in self.plan.quantized:
+            if tensor.kind != "body":
+                continue
+            linear: Any = model.get_submodule(tensor.module)
+            bias = None if linear.bias is None else self.source.tensor(f"{tensor.module}.bias")
+            self.linears[tensor.module] = LearnedLinear(tensor, self.source.tensor(tensor.name), bias)
+            model.set_submodule(tensor.module, self.linears[tensor.module])
+        for part in (*(f"{self.family.layers}.{index}" for index in range(len(self.stream))), self.family.final_norm):
+            self.stream.load(part)
+        self.gain = self.source.tensor(f"{self.family.final_norm}.weight")
+        for name in (*self.axes.start.gains, self.family.final_norm):
+            _set_weight(model.get_submodule(name), torch.ones_like(self.gain))
+        self._find_routers()
+        table = self.source.tensor(f"{self.family.embed}.weight")
+        used, self.ids = torch.unique(self.windows, return_inverse=True)
+        self.embed = table[used]
+        self.head = table if self.source.tied_embeddings else self.source.tensor(f"{self.family.head}.weight")
+        self._move()
+        branches = [linear for linear in self.linears.values() if linear.spec.rank]
+        self.progress.stage("finding the branches", len(branches))
+        for linear in branches:
+            factor = Invertible(linear.spec.rank)
+            self.axes.branches[_key(linear.name)] = factor
+            linear.begin_branch(factor)
+            self.progress.advance()
+
+    def _find_routers(self) -> None:
+        """Matrices that read the residual stream and are not rounded have to follow it."""
+        for index in range(len(self.stream)):
+            for shared in self.family.inputs:
+                for router in shared.routers:
+                    name = f"{self.family.layers}.{index}.{router}"
+                    if f"{name}.weight" in self.source.names():
+                        self.routers[name] = self.source.tensor(f"{name}.weight")
+                        _set_weight(self.stream.model.get_submodule(name), self.routers[name])
+
+    def _move(self) -> torch.Tensor:
+        """Put the axes of the moment into the model; the residual stream's rotation."""
+        live = self.axes.equivalent()
+        for linear in self.linears.values():
+            linear.axes = live
+        for name in self.axes.start.gains:
+            _set_weight(self.stream.model.get_submodule(name), live.gain(name))
+        for name, weight in self.routers.items():
+            _set_weight(self.stream.model.get_submodule(name), live.columns(weight, name))
+        assert live.transform.residual is not None
+        return live.transform.residual
+
+    def _loss(self, batch: int) -> torch.Tensor:
+        """The divergence over one batch of windows."""
+        residual = self._move()
+        hidden = (self.embed @ residual)[self.ids.split(WINDOWS_PER_STEP)[batch]]
+        for index in range(len(self.stream)):
+            hidden = checkpoint(partial(self.stream.call_layer, index), hidden, use_reentrant=False)
+        norm = self.stream.model.get_submodule(self.family.final_norm)
+        last = norm(hidden).flatten(0, 1) @ residual.T * self.gain
+        return Divergence.apply(last, self.head, self.teacher.hidden(batch), self.head)
+
+    def _held_loss(self, batches: Sequence[int]) -> float:
+        with torch.no_grad():
+            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+
+    def _learn(self) -> dict[str, Any]:
+        """Descend until the steps are used up or the held-out windows gain no more; leaves the best axes in place."""
+        batches = len(self.stream.batches)
+        held = range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
+        parameters = dict(self.axes.named_parameters())
+        state = Descent(parameters, 1.0, self.work / STATE, {name: self.axes.rate(name) for name in parameters})
+        state.restore()
+        steps = int(self.plan.options["learn_steps"])
+        self.progress.stage("learning the axes", steps)
+        self.progress.advance(state.step)
+        if not state.history:
+            self._look(state, held)
+        while state.step < steps and not state.stale:
+            generator = torch.Generator().manual_seed(state.step // held.start)
+            order = torch.randperm(held.start, generator=generator)
+            loss = self._loss(int(order[state.step % held.start]))
+            loss.backward()
+            state.descend(float(loss.detach()), share_of_rate(state.step, steps))
+            self.axes.restrain()
+            self.progress.advance()
+            if state.step % CHECK_EVERY == 0 or state.step == steps:
+                self._look(state, held)
+        state.take_best()
+        tokens = WINDOWS_PER_STEP * self.windows.shape[1]
+        return {"steps": state.step, "tokens_per_step": tokens, "history": state.history, **self._health()}
+
+    def _look(self, state: Descent, held: Sequence[int]) -> None:
+        state.look(self._held_loss(held))
+        health = self._health()
+        self.progress.note(
+            f"learning, step {state.step}: divergence {state.history[-1]['held']:.5f}, rotations off by "
+            f"{health['deviation']:.1e}, condition {health['condition']:.3g} at most"
+        )
+
+    def _health(self) -> dict[str, float]:
+        return {"deviation": self.axes.deviation(), "condition": self.axes.condition()}
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        """The transform, its rotation orthogonal to float64, and the rows of U that rounding starts from."""
+        found = self.axes.transform()
+        assert found.residual is not None
+        left, _, right = torch.linalg.svd(found.residual.double())
+        branches = {name: linear.down() for name, linear in self.linears.items() if linear.start is not None}
+        write_tensors(self.work / BRANCHES, branches)
+        Transform(left @ right, found.gains, found.scales, found.values).save(self.work / TRANSFORM)
+
+
+def learning_windows(steps: int) -> int:
+    """How many windows so many steps read without reading one twice, the held-out ones included."""
+    return WINDOWS_PER_STEP * (steps + HELD_BATCHES)
+
+
+def _set_weight(module: Any, weight: torch.Tensor) -> None:
+    """Let a module compute with a tensor that is not its own parameter."""
+    module._parameters.pop("weight", None)
+    module.weight = weight
