@@ -198,9 +198,8 @@ class Learner:
             return
         self.teacher.run()
         self._load()
-        report = self._learn()
+        write_json(self.work / REPORT, self._learn())
         self._store()
-        write_json(self.work / REPORT, report)
         self.teacher.discard()
 
     @torch.no_grad()
@@ -308,7 +307,8 @@ class Learner:
 
     @torch.no_grad()
     def _store(self) -> None:
-        """The transform, its rotation orthogonal to float64, and the rows of U that rounding starts from."""
+        """The rows of U that rounding starts from, and the transform, its rotation orthogonal to float64: the last
+        file, which says that all is done."""
         found = self.axes.transform()
         assert found.residual is not None
         left, _, right = torch.linalg.svd(found.residual.double())
