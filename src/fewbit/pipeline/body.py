@@ -171,7 +171,9 @@ class Body:
         for group in groups:
             spec = group[0].spec
             assert spec is not None
-            axes[group[0].shared_input] = InputAxes(tensor_signs(group[0]), spec.block, spec.group, spec.act_bits)
+            axes[group[0].shared_input] = InputAxes(
+                tensor_signs(group[0]), spec.block, spec.group, spec.act_bits, self.plan.options["center"]
+            )
         return InputCollector([(group[0].shared_input, self._module(group[0])) for group in groups], axes)
 
     def _measure(self, index: int, groups: list[Group]) -> InputCollector:

@@ -211,12 +211,13 @@ def _set_parameter(part: nn.Module, name: str, tensor: torch.Tensor) -> None:
 @dataclass(frozen=True)
 class InputAxes:
     """How a format sees an input: `signs` float32 `[K]` and `block` of its rotation (None and 1: none), and where it
-    quantizes inputs, to `act_bits` in groups of `group`."""
+    quantizes inputs, to `act_bits` in groups of `group`, with `center` after their mean is taken off."""
 
     signs: torch.Tensor | None
     block: int
     group: int = 0
     act_bits: int = 0
+    center: bool = True
 
     def seen(self, x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
         """Inputs float32 `[n, K]`, less `shift [K]`, on those axes and rounded as the format does."""
@@ -238,7 +239,8 @@ class _Sums:
         if axes.act_bits:
             # The mean of the first batch will do: whatever it is, the outputs' offset makes up for it.
             most = torch.finfo(torch.float16).max
-            self.shift = x.mean(0).clamp(-most, most).half().float()
+            mean = x.mean(0) if axes.center else torch.zeros(size)
+            self.shift = mean.clamp(-most, most).half().float()
             self.plain, self.quantized = torch.zeros(size), torch.zeros(size)
 
     def add(self, x: torch.Tensor, axes: InputAxes) -> None:

@@ -121,9 +121,12 @@ class LearnedLinear(nn.Module):
     what U can give, so that `V U` does not depend on G but for rounding.
     """
 
-    def __init__(self, tensor: PlannedTensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, tensor: PlannedTensor, weight: torch.Tensor, bias: torch.Tensor | None, center: bool = True
+    ) -> None:
         super().__init__()
         assert tensor.spec is not None
+        self.center = center
         self.name = tensor.module
         self.spec: TensorSpec = tensor.spec
         self.signs = tensor_signs(tensor)
@@ -154,7 +157,7 @@ class LearnedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group, act_bits = self.spec.group, self.spec.act_bits
         weight = self.moved()
-        mean = x.detach().flatten(0, -2).mean(0)
+        mean = x.detach().flatten(0, -2).mean(0) * self.center
         seen = _rounded(self._rotated(x - mean), group, act_bits)
         y, residual = self._rotated(mean) @ weight.T, weight
         if self.start is not None:
@@ -211,7 +214,9 @@ class Learner:
                 continue
             linear: Any = model.get_submodule(tensor.module)
             bias = None if linear.bias is None else self.source.tensor(f"{tensor.module}.bias")
-            self.linears[tensor.module] = LearnedLinear(tensor, self.source.tensor(tensor.name), bias)
+            self.linears[tensor.module] = LearnedLinear(
+                tensor, self.source.tensor(tensor.name), bias, bool(self.plan.options["center"])
+            )
             model.set_submodule(tensor.module, self.linears[tensor.module])
         for part in (*(f"{self.family.layers}.{index}" for index in range(len(self.stream))), self.family.final_norm):
             self.stream.load(part)

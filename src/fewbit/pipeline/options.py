@@ -49,10 +49,11 @@ class QuantizeOptions:
     """The choices of one run.
 
     `format`, `code` (of itq3_s) and `bits` (0: 3, or 4 for twinquant) say how the linears of the decoder layers are
-    stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the low-rank branch,
-    `act_bits` the width of inputs, and with `smooth` scales that make inputs cheaper to quantize are folded into norms,
-    up and value projections. With `learn` (None: for models up to 2 G weights) axes are learned before rounding, in at
-    most `learn_steps` steps (0: fewer for larger models).
+    stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the low-rank branch and
+    `act_bits` the width of inputs. With `smooth`, scales that make inputs cheaper to quantize are folded into norms, up
+    and value projections; with `center`, the mean of inputs is taken off before they are quantized; with `learn` (None:
+    for models up to 2 G weights) axes are learned before rounding, in at most `learn_steps` steps (0: fewer for larger
+    models).
 
     A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4 bits come to, chosen
     by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its place. Head "auto" joins
@@ -87,6 +88,7 @@ class QuantizeOptions:
     rank: int = 128
     act_bits: int = 8
     smooth: bool = True
+    center: bool = True
     learn: bool | None = None
     learn_steps: int = 0
 
