@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo lint test test-slow test-sanitize test-aarch64
-.PHONY: bench-encode bench-kernels bench-peers bench-quality bench-big tables clean
+.PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-big tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ bench-peers: $(STAMP)  ## The same, with llama.cpp's kernels beside them (fetche
 
 bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (hours)
 	@$(BIN)/python benchmarks/quality.py
+
+bench-twinquant: $(STAMP)  ## Measure what each step of TwinQuant costs on a real model, off the grid (hours)
+	@$(BIN)/python benchmarks/twinquant.py
 
 bench-big: $(STAMP)  ## Measure memory and time on a synthetic 8B shape (long, and tens of GB of disk)
 	@$(BIN)/python benchmarks/big.py

@@ -15,11 +15,12 @@ from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.loading import load
 from fewbit.pipeline.descent import Descent
+from fewbit.pipeline.gains import GainLinear
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 from fewbit.pipeline.teacher import Divergence
 from fewbit.pipeline.texts import CalibrationText, calibration_windows
-from fewbit.pipeline.tune import GainLinear, Tuner
+from fewbit.pipeline.tune import Tuner
 
 SETTINGS = {"calib_tokens": 2048, "calib_window": 64, "calib_dtype": "float32", "damping": 0.01}
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fewbit.checkpoint.artifact import Artifact
+from fewbit.checkpoint.artifact import Artifact, QuantizedModule
 from fewbit.checkpoint.equivalent import TRANSFORM, EquivalentSource, Transform
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.errors import UsageError
+from fewbit.formats import get_format
 from fewbit.loading import load
+from fewbit.math.hadamard import pack_signs
 from fewbit.math.manifolds import MOST_CONDITION
 from fewbit.models import get_family
+from fewbit.modules import FewbitLinear
 from fewbit.pipeline.calibrate import LayerStream
+from fewbit.pipeline.gains import with_gains
+from fewbit.pipeline.jobs import Shard, tensor_signs
 from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
+from fewbit.pipeline.plan import PlannedTensor
 from fewbit.pipeline.progress import Silent
 from fewbit.pipeline.run import Placement, quantize
 from fewbit.pipeline.smooth import measure_scales
@@ -162,6 +169,45 @@ def test_learning_gains_keeps_rotations_orthogonal_and_leaves_an_equivalent_mode
     assert distance(tied_dir, tmp_path / "out", calibration_text) < 0.3
 
 
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_tuning_follows_the_quantized_model_and_what_is_stored_computes_what_was_tuned(
+    wide_dir, calibration_text, tmp_path, act_bits
+):
+    found = {}
+    for tune in (False, True):
+        out = tmp_path / str(tune)
+        chosen = options(act_bits=act_bits, tune=tune, tune_steps=32 * tune)
+        result = quantize(wide_dir, out, chosen, [calibration_text])
+        found[tune] = distance(wide_dir, out, calibration_text)
+        assert [problem for _, problem in Artifact.open(out).verify(open_source(wide_dir)) if problem] == []
+    before, after = result.tuning_gain
+    assert after < 0.97 * before
+    assert found[True] < found[False]
+
+
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
+@pytest.mark.parametrize("rank", [0, 64])
+def test_a_layer_with_gains_computes_what_the_packed_one_does(rank, act_bits):
+    fmt = get_format("twinquant")
+    generator = torch.Generator().manual_seed(5)
+    spec = replace(fmt.spec(272, 576, 4, rank=64, act_bits=act_bits), rank=rank)
+    weight, bias = torch.randn(272, 576, generator=generator), torch.randn(272, generator=generator)
+    tensor = PlannedTensor("layer.weight", (272, 576), "body", 0, spec, "0.0")
+    signs = tensor_signs(tensor)
+    parts = fmt.quantize(weight, spec, signs, {}).parts
+    parts["shift"] = torch.randn(576, generator=generator).half()
+    parts["offset"] = torch.randn(272, generator=generator)
+    linear = FewbitLinear(QuantizedModule("layer", spec, "body"), True, torch.float32)
+    linear.load_state_dict({**parts, "signs": pack_signs(signs), "bias": bias})
+    x = torch.randn(9, 576, generator=generator)
+    tuned = with_gains(tensor, Shard(parts, {}), bias)
+    assert (tuned(x) - linear(x)).norm() < 0.01 * linear(x).norm()
+    gains = {name: gain.data.uniform_(0.8, 1.2) for name, gain in tuned.gains.items()}
+    scaled = fmt.rescale(parts, spec, {name: gain for name, gain in gains.items() if name != "bias"})
+    linear.load_state_dict({**scaled, "signs": pack_signs(signs), "bias": bias * gains["bias"]})
+    assert (tuned(x) - linear(x)).norm() < 0.01 * linear(x).norm()
+
+
 @pytest.mark.parametrize("sequential", [True, False])
 def test_pools_of_processes_give_the_serial_bytes(wide_dir, calibration_text, tmp_path, sequential):
     made = {}
@@ -187,7 +233,7 @@ def test_mixtures_of_experts_work_too(make_mixture, tiny_models, calibration_tex
     ("choices", "message"),
     [
         ({"code": "ternary"}, "twinquant has none to choose"),
-        ({"tune": True}, "not tuned"),
+        ({"learn": True, "smooth": False}, "axes are learned from"),
         ({"act_bits": 5}, "4, 8 or 16 bits, not 5"),
         ({"rank": -2}, "rank of a branch cannot be -2"),
         ({"bits": 3}, "twinquant stores 4 bits, not 3"),

@@ -8,6 +8,7 @@ asks for it; they read and write no files and know nothing about models.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -141,6 +142,18 @@ class Format(ABC):
         """Some rows (int64 `[n]`) as float32 `[n, cols]`, still rotated; the default decodes everything."""
         return self.dequantize(parts, spec)[rows]
 
+    def rescale(
+        self, parts: dict[str, torch.Tensor], spec: TensorSpec, gains: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The same codes with some of the stored numbers times gains of their shapes, by the parts' names; those of
+        "scales" are float32 `[rows, groups]`, and of every (row, group) the decoded weights are multiplied."""
+        found = dict(parts)
+        for name, gain in gains.items():
+            scaled = parts[name].float() * gain.clamp(min=0)
+            most = torch.finfo(parts[name].dtype).max
+            found[name] = scaled.clamp(-most, most).to(parts[name].dtype)
+        return found
+
     def slice_rows(
         self, parts: dict[str, torch.Tensor], spec: TensorSpec, start: int, stop: int
     ) -> tuple[dict[str, torch.Tensor], TensorSpec]:
@@ -183,13 +196,6 @@ class GroupFormat(Format):
     @abstractmethod
     def assemble(self, groups: list[EncodedGroup], spec: TensorSpec, tensor_scale: float) -> dict[str, torch.Tensor]:
         """Join the groups, in order along the inputs, into the parts that `layout` names."""
-
-    def rescale(self, parts: dict[str, torch.Tensor], spec: TensorSpec, gain: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same codes with the decoded weights of every (row, group) times `gain`, float32 `[rows, groups]`; the
-        default scales the part `scales`, fp16 `[rows, groups]`."""
-        most = torch.finfo(torch.float16).max
-        scaled = (parts["scales"].float() * gain.clamp(min=0)).clamp(-most, most)
-        return {**parts, "scales": scaled.half()}
 
     def calibration(self, inputs: InputStatistics, damping: float) -> dict[str, torch.Tensor]:
         return {"factor": inverse_factor(inputs.hessian, damping)}

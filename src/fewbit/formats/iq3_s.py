@@ -7,6 +7,7 @@ encoder is this project's own and weighs all weights alike, which is what rotati
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -188,10 +189,12 @@ class Iq3S(RowwiseFormat):
         values = steps.repeat_interleave(SUB_BLOCK, dim=1) * points * (1.0 - 2.0 * unpack_bits(signs, 1).float())
         return values.view(-1, spec.cols)
 
-    def rescale(self, parts: dict[str, torch.Tensor], spec: TensorSpec, gain: torch.Tensor) -> dict[str, torch.Tensor]:
+    def rescale(
+        self, parts: dict[str, torch.Tensor], spec: TensorSpec, gains: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         blocks = parts["blocks"].clone()
         d = blocks[:, :, :2].clone(memory_format=torch.contiguous_format).view(torch.float16).squeeze(2)
-        scaled = (d.float() * gain.clamp(min=0)).clamp(max=torch.finfo(torch.float16).max).half()
+        scaled = (d.float() * gains["scales"].clamp(min=0)).clamp(max=torch.finfo(torch.float16).max).half()
         blocks[:, :, :2] = scaled[:, :, None].contiguous().view(torch.uint8)
         return {**parts, "blocks": blocks}
 

@@ -7,6 +7,24 @@ import torch
 from fewbit.math.hadamard import rotate, unpack_signs
 
 
+def straight_through(x: torch.Tensor, group: int, bits: int) -> torch.Tensor:
+    """Values rounded to nearest in groups along the last axis, as inputs are (8 or 4 bits; 16 round nothing), in a form
+    that gradients pass unchanged."""
+    if bits == 16:
+        return x
+    with torch.no_grad():
+        groups = x.view(*x.shape[:-1], -1, group)
+        if bits == 4:
+            least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            scale = torch.where(most > -least, most, least) / -8
+            low, high = -8, 7
+        else:
+            scale, low, high = groups.abs().amax(-1, keepdim=True) / 127, -127, 127
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        error = ((groups / scale).round_().clamp_(low, high) * scale).view(x.shape) - x
+    return x + error
+
+
 def quantized_inputs(
     x: torch.Tensor,
     signs: torch.Tensor | None,

@@ -23,6 +23,7 @@ from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import write_json, write_tensors
 from fewbit.formats.base import TensorSpec
 from fewbit.math.hadamard import rotate
+from fewbit.math.inputs import straight_through
 from fewbit.math.lowrank import balanced, leading_directions
 from fewbit.math.manifolds import MOST_CONDITION, Invertible, Orthogonal
 from fewbit.models import Family, get_family
@@ -39,23 +40,6 @@ CHECK_EVERY = 16
 RATES = {"residual": 1e-3, "values": 1e-3, "gains": 1e-2, "scales": 1e-2, "branches": 2e-3}
 STATE = "learning.safetensors"
 REPORT = "learning.json"
-
-
-def _rounded(x: torch.Tensor, group: int, bits: int) -> torch.Tensor:
-    """Rounding to nearest in groups along the last axis, with the format's scales; the gradient passes unchanged."""
-    if bits == 16:
-        return x
-    with torch.no_grad():
-        groups = x.view(*x.shape[:-1], -1, group)
-        if bits == 4:
-            least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-            scale = torch.where(most > -least, most, least) / -8
-            low, high = -8, 7
-        else:
-            scale, low, high = groups.abs().amax(-1, keepdim=True) / 127, -127, 127
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        error = ((groups / scale).round_().clamp_(low, high) * scale).view(x.shape) - x
-    return x + error
 
 
 class Axes(nn.Module):
@@ -158,14 +142,14 @@ class LearnedLinear(nn.Module):
         group, act_bits = self.spec.group, self.spec.act_bits
         weight = self.moved()
         mean = x.detach().flatten(0, -2).mean(0) * self.center
-        seen = _rounded(self._rotated(x - mean), group, act_bits)
+        seen = straight_through(self._rotated(x - mean), group, act_bits)
         y, residual = self._rotated(mean) @ weight.T, weight
         if self.start is not None:
-            down = _rounded(self.down(), group, 4)
-            up = _rounded(torch.linalg.solve(down @ down.T, down @ weight.T).T, group, 4)
+            down = straight_through(self.down(), group, 4)
+            up = straight_through(torch.linalg.solve(down @ down.T, down @ weight.T).T, group, 4)
             residual = weight - up @ down
-            y = y + _rounded(seen @ down.T, group, act_bits) @ up.T
-        y = y + seen @ _rounded(residual, group, 4).T
+            y = y + straight_through(seen @ down.T, group, act_bits) @ up.T
+        y = y + seen @ straight_through(residual, group, 4).T
         return y if self.bias is None else y + self.axes.outputs(self.bias, self.name)
 
 

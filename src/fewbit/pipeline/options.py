@@ -137,8 +137,6 @@ class QuantizeOptions:
     def _check_twinquant(self) -> None:
         if self.code != "trellis":
             raise UsageError(f"code {self.code} is one of itq3_s; twinquant has none to choose")
-        if self.tune:
-            raise UsageError("twinquant is not tuned after rounding; leave --tune out")
         if self.learn and not self.smooths:
             raise UsageError("axes are learned from calibration text and measured scales: use ldlq and smoothing")
         if self.learn_steps < 0:
@@ -197,8 +195,7 @@ class QuantizeOptions:
         elif dtype == "auto":
             # Where AVX-512 alone multiplies bfloat16, PyTorch runs at half the speed of its float32.
             dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
-        fits = self.rounding == "ldlq" and self.format == "itq3_s" and weights <= TUNED_WEIGHTS
-        tune = self.tune if self.tune is not None else fits
+        tune = self.tune if self.tune is not None else self.rounding == "ldlq" and weights <= TUNED_WEIGHTS
         steps = self.tune_steps or max(LEAST_STEPS, min(MOST_STEPS, int(STEP_WEIGHTS / max(1, weights))))
         learn = self.smooths and (self.learn if self.learn is not None else weights <= TUNED_WEIGHTS)
         learn_steps = self.learn_steps or max(LEAST_LEARNED, min(MOST_LEARNED, int(LEARNED_WEIGHTS / max(1, weights))))

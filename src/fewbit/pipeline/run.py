@@ -238,7 +238,7 @@ def _quantize(
             maker.tables()
             if found.tuning is not None:
                 with torch.enable_grad():
-                    Tuner(source, plan, found.tuning, work, logged).run()
+                    Tuner(equivalent(source, work), plan, found.tuning, work, logged).run()
             report = tuning_result(work)[1]
             records = finish(source, plan, work, output, logged)
             remove_work(work)

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import read_json, read_tensors, write_json, write_tensors
 from fewbit.errors import CorruptFile
-from fewbit.formats import group_format
+from fewbit.formats import get_format
 from fewbit.models import get_family
 from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
 from fewbit.pipeline.descent import Descent, share_of_rate
+from fewbit.pipeline.gains import Gain, GainLinear, TwinGainLinear, with_gains
 from fewbit.pipeline.jobs import Shard, read_shard, relative_error, write_shard
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
@@ -41,53 +42,6 @@ PLAIN = "tuned-plain.safetensors"
 REPORT = "tuning.json"
 
 
-class GainLinear(nn.Module):
-    """A linear with a fixed weight `[N, K]`, a learned gain per (row, group) `[N, G]` and one per bias."""
-
-    def __init__(self, weight: torch.Tensor, groups: int, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.gain = nn.Parameter(torch.ones(weight.shape[0], groups))
-        self.bias = bias
-        self.bias_gain = None if bias is None else nn.Parameter(torch.ones_like(bias))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _Scaled.apply(x, self.weight, self.gain)
-        return y if self.bias is None or self.bias_gain is None else y + self.bias * self.bias_gain
-
-
-class _Scaled(torch.autograd.Function):
-    """The product with the scaled weight; a product of its own, because autograd would keep the scaled weight."""
-
-    @staticmethod
-    def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        context.save_for_backward(x, weight, gain)
-        return nn.functional.linear(x, _scaled(weight, gain))
-
-    @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
-        x, weight, gain = context.saved_tensors
-        out = gradients[0].reshape(-1, weight.shape[0])
-        to_input = (out @ _scaled(weight, gain)).view(x.shape)
-        to_weight = out.T @ x.reshape(-1, weight.shape[1])
-        return to_input, None, to_weight.mul_(weight).view(*gain.shape, -1).sum(-1)
-
-
-def _scaled(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    return (weight.view(*gain.shape, -1) * gain[..., None]).view(weight.shape)
-
-
-class _Gain(nn.Module):
-    """A parametrization: the stored tensor times a learned gain per channel."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones_like(weight))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight * self.gain
-
-
 class Tuner:
     """The whole compressed model with gains, and the full model's last hidden states to learn from."""
 
@@ -101,6 +55,7 @@ class Tuner:
         self.windows = windows[: windows.shape[0] // WINDOWS_PER_STEP * WINDOWS_PER_STEP]
         self.stream = LayerStream(source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
         self.teacher = Teacher(self.stream, work, progress)
+        self.linears: dict[str, GainLinear | TwinGainLinear] = {}
         self.gains: dict[str, nn.Parameter] = {}
         # Activations that are kept for the way back take memory, those that are computed again take time; the values
         # are the same.
@@ -147,18 +102,16 @@ class Tuner:
         for name, tensor in linears.items():
             linear: Any = model.get_submodule(name)
             bias = None if linear.bias is None else self.source.tensor(f"{name}.bias")
-            assert tensor.spec is not None
-            tuned = GainLinear(self._shard(tensor).weight(tensor), tensor.spec.groups, bias)
+            tuned = with_gains(tensor, self._shard(tensor), bias)
             model.set_submodule(name, tuned)
-            self.gains[f"{name}.scales"] = tuned.gain
-            if tuned.bias_gain is not None:
-                self.gains[f"{name}.bias"] = tuned.bias_gain
+            self.linears[name] = tuned
+            self.gains |= {f"{name}.{part}": gain for part, gain in tuned.gains.items()}
         for part in (*(f"{self.family.layers}.{index}" for index in range(len(self.stream))), self.family.final_norm):
             self.stream.load(part)
         for name, module in list(model.named_modules()):
             weight = getattr(module, "weight", None)
             if name.endswith("norm") and isinstance(weight, nn.Parameter):
-                gain = _Gain(weight)
+                gain = Gain(weight)
                 parametrize.register_parametrization(module, "weight", gain)
                 self.gains[f"{name}.weight"] = gain.gain
         table = self._table(self.family.embed)
@@ -237,18 +190,18 @@ class Tuner:
     @torch.no_grad()
     def _store(self) -> None:
         """Fold the gains into scales, norms and biases, and write what results."""
+        folded: set[str] = set()
         for tensor in self.plan.quantized:
-            gain = self.gains.get(f"{tensor.module}.scales")
-            if gain is None or tensor.spec is None:
+            if tensor.spec is None or tensor.module not in self.linears:
                 continue
             shard = self._shard(tensor)
-            parts = group_format(tensor.spec.format).rescale(shard.parts, tensor.spec, gain)
+            gains = {part: gain for part, gain in self.linears[tensor.module].gains.items() if part != "bias"}
+            folded |= {f"{tensor.module}.{part}" for part in gains}
+            parts = get_format(tensor.spec.format).rescale(shard.parts, tensor.spec, gains)
             error = relative_error(self.source, tensor, parts)
             named = {f"{tensor.module}.{name}": part for name, part in parts.items()}
             write_shard(self.work / TUNED, self.plan, tensor, named, {**shard.facts, "relative_error": error})
-        plain = {
-            name: self.source.tensor(name) * gain for name, gain in self.gains.items() if not name.endswith(".scales")
-        }
+        plain = {name: self.source.tensor(name) * gain for name, gain in self.gains.items() if name not in folded}
         write_tensors(self.work / PLAIN, plain)
 
 

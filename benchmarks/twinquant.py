@@ -1,0 +1,100 @@
+"""What TwinQuant costs in quality, step by step: perplexity, divergence and agreement on held-out text.
+
+Each row is a run of the pipeline on an off-grid reference, evaluated as the kernels compute it, in float32, relative
+to its own reference. Finished rows are kept in the result file, so that a run that was cut off continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from encode import commit
+from quality import CALIBRATION, RESULTS, reference_dir, work_dir
+from transformers.utils import logging
+
+from fewbit.assets import fetch_text
+from fewbit.environment import environment
+from fewbit.evaluate import evaluate_many
+from fewbit.loading import load, load_any
+from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
+from fewbit.pipeline.run import quantize
+
+BASE = QuantizeOptions(format="twinquant", head="bf16")
+STEPS = {
+    **{step: ablated(BASE, step) for step in ABLATIONS},
+    "full, not learned": replace(BASE, learn=False),
+    "full, no branch": replace(BASE, rank=0),
+    "full, no branch, not learned": replace(BASE, rank=0, learn=False),
+    "Hadamard + GPTQ": replace(BASE, rank=0, smooth=False, center=False),
+}
+ROWS = {f"W4A{bits} {name}": replace(options, act_bits=bits) for bits in (4, 8, 16) for name, options in STEPS.items()}
+
+
+def measure(
+    reference: Path, options: QuantizeOptions, text: str, settings: dict[str, Any], work: Path
+) -> dict[str, Any]:
+    """Quantize and evaluate one row."""
+    output = work / "checkpoint"
+    if not output.exists():
+        result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION])
+        (output / "result.json").write_text(json.dumps(result.to_json()))
+    result = json.loads((output / "result.json").read_text())
+    started = time.monotonic()
+    full, tokenizer = load_any(reference, torch.float32)
+    scores = evaluate_many({"full": full, "row": load(output, torch.float32)[0]}, tokenizer, text, full, **settings)
+    learning = json.loads((output / "fewbit.json").read_text()).get("learning")
+    shutil.rmtree(work)
+    row, base = scores["row"], scores["full"]
+    return {
+        "options": asdict(options),
+        **{key: result[key] for key in ("bits_per_weight", "bytes", "peak_memory_bytes", "mean_relative_error")},
+        "quantize_seconds": result["seconds"],
+        "resumed_tensors": result["resumed_tensors"],
+        "learning": learning,
+        "evaluate_seconds": round(time.monotonic() - started, 1),
+        "reference_perplexity": base.perplexity,
+        "ratio": row.perplexity / base.perplexity,
+        **row.to_json(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or qwen2.5-coder-1.5b")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--calib-tokens", type=int, default=65536)
+    parser.add_argument("--tokens", type=int, default=20480)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--text", default="wiki.eval", help="wiki.valid to choose by, wiki.eval to report on")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    output = arguments.output or RESULTS / f"twinquant-{arguments.model}.json"
+    report = json.loads(output.read_text()) if output.exists() else {"rows": {}}
+    report |= {"benchmark": "twinquant", "model": arguments.model, "text": arguments.text, "calibration": CALIBRATION}
+    logging.disable_progress_bar()
+    text = fetch_text(arguments.text).read_text(encoding="utf-8")
+    settings = {"window": arguments.window, "tokens": arguments.tokens}
+    for seed in arguments.seeds:
+        for name in arguments.rows:
+            key = f"{name} | seed {seed}"
+            if key in report["rows"]:
+                continue
+            reference = reference_dir(arguments.model, seed)
+            options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
+            row = measure(reference, options, text, settings, work_dir(key, output))
+            report["rows"][key] = {**row, "commit": commit()}
+            report["environment"] = environment()
+            output.write_text(json.dumps(report, indent=1) + "\n")
+            print(f"{key}: perplexity x {row['ratio']:.4f}, KL {row['kl_mean']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
