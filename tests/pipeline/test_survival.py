@@ -31,7 +31,7 @@ KINDS = {
     "nearest": QuantizeOptions(rounding="nearest"),
     "tuned": QuantizeOptions(**{**CALIBRATED, "tune": True}, tune_steps=20),
     "allocated": QuantizeOptions(**CALIBRATED, bits=3.2),
-    "twinquant": QuantizeOptions(**{**CALIBRATED, "tune": None}, format="twinquant", learn_steps=20),
+    "twinquant": QuantizeOptions(**CALIBRATED, format="twinquant", learn_steps=20),
 }
 
 
