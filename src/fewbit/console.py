@@ -68,7 +68,7 @@ def plan_table(plan: Any) -> Table:
     """A plan's tensors, added up by kind and storage, with the totals over every weight."""
     rows: dict[tuple[str, str], list[int]] = {}
     for tensor in plan.tensors:
-        stored = f"{tensor.spec.format}, {tensor.spec.bits} bits" if tensor.spec else f"{tensor.dtype}: {tensor.reason}"
+        stored = str(tensor.spec) if tensor.spec else f"{tensor.dtype}: {tensor.reason}"
         total = rows.setdefault((tensor.kind, stored), [0, 0, 0])
         total[0] += 1
         total[1] += tensor.weights

@@ -63,7 +63,7 @@ def modules_from_json(data: dict[str, Any]) -> dict[str, QuantizedModule]:
         except (TypeError, KeyError, ValueError, FewbitError) as error:
             raise CorruptFile(f"{name}: its entry in quantization_config is not valid ({error})") from error
         if not accepted:
-            raise CorruptFile(f"{name}: {spec} disagrees with what the format {spec.format} prescribes")
+            raise CorruptFile(f"{name}: {spec!r} disagrees with what the format {spec.format} prescribes")
         modules[name] = QuantizedModule(name, spec, kind)
     return modules
 

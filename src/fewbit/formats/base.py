@@ -41,6 +41,11 @@ class TensorSpec:
     def groups(self) -> int:
         return self.cols // self.group
 
+    def __str__(self) -> str:
+        branch = f", rank {self.rank}" if self.rank else ""
+        inputs = f", inputs in {self.act_bits} bits" if self.act_bits else ""
+        return f"{self.format}, {self.bits} bits{branch}{inputs}"
+
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint's configuration says of it; fields that say nothing are left out."""
         optional = ("rank", "act_bits")

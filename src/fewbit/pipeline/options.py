@@ -38,7 +38,7 @@ CALIB_DTYPES = ("auto", "bfloat16", "float32")
 
 TUNED_WEIGHTS = 2_000_000_000  # models up to here are tuned unless asked otherwise
 TRIAL_TOKENS = 8192
-LEAST_STEPS, MOST_STEPS = 40, 320
+LEAST_STEPS, MOST_STEPS = 24, 320
 LEAST_LEARNED, MOST_LEARNED = 16, 160
 LEARNED_WEIGHTS = 1.3e10  # steps times weights that learning takes by default: 80 steps for 163 M weights
 STEP_WEIGHTS = 2.2e10  # steps times weights that tuning takes by default: 160 steps for 135 M weights

@@ -15,6 +15,7 @@ import torch
 
 from fewbit.formats import GroupFormat, get_format, group_format
 from fewbit.math.rounding import CHUNK_WEIGHTS, inverse_factor, quantize_rotated
+from fewbit.pipeline import learn as learning
 from fewbit.pipeline.calibrate import WINDOWS_PER_BATCH, bfloat16_products
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.tune import WINDOWS_PER_STEP
@@ -36,6 +37,7 @@ def predict(plan: Plan, windows: torch.Tensor | None) -> dict[str, Any]:
     products = 0.0
     if windows is not None:
         products = _calibration_operations(plan, windows.numel()) + _tuning_operations(plan, windows.shape[1])
+        products += _learning_operations(plan, windows.shape[1])
     dtype = getattr(torch, plan.options["calib_dtype"]) if windows is not None else torch.float32
     rate = _product_rate(dtype) if products else 1.0
     return {"seconds": round(encode + products / rate, 4), "peak_memory_bytes": _memory(plan, windows)}
@@ -59,6 +61,18 @@ def _tuning_operations(plan: Plan, window: int) -> float:
     return 2.0 * (4 * body + 3 * head) * tokens + 2.0 * body * alone
 
 
+def _learning_operations(plan: Plan, window: int) -> float:
+    """The full model once over all tokens; for each step a weight's turn and its product with every token, both
+    computed again on the way back, and their gradients."""
+    steps = int(plan.options["learn_steps"])
+    tokens = steps * learning.WINDOWS_PER_STEP * window
+    body = [tensor for tensor in plan.tensors if tensor.kind == "body"]
+    weights = sum(tensor.weights for tensor in body)
+    table = next(tensor for tensor in plan.tensors if tensor.kind == "embed")
+    turns = steps * 3 * weights * table.shape[1]
+    return 2.0 * (5 * weights + 3 * table.weights) * tokens + 2.0 * turns
+
+
 def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
     layers: dict[str, int] = {}
     for tensor in plan.tensors:
@@ -77,8 +91,8 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
     largest_layer = max(layers.values(), default=0)
     table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)
     present = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if plan.options["tune"]:
-        # The whole compressed model in float32, and once more what a step needs beside it at the least.
+    if plan.options["tune"] or plan.options["learn"]:
+        # The whole model in float32, and once more what a step needs beside it at the least.
         whole = sum(4 * tensor.weights for tensor in plan.tensors)
         return int(present + 1.5 * whole)
     return int(present + hidden + max(largest_layer, table_bytes) + hessian + rounding)
