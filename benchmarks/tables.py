@@ -167,6 +167,7 @@ def peers_note(report: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
+    "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
     "encoding": encoding,
     "kernels": kernels,
     "peers": peers,

@@ -70,7 +70,7 @@ def _output_error(spec: TensorSpec, calibrated: bool = True) -> float:
     ],
 )
 def test_branches_have_whole_groups_and_narrow_matrices_none(rows, cols, rank, group, expected):
-    spec = FORMAT.spec(rows, cols, 4, rank, 4)
+    spec = FORMAT.spec(rows, cols, 4, rank=rank, act_bits=4)
     assert (spec.group, spec.rank, spec.act_bits) == (group, expected, 4)
     assert FORMAT.accepts(spec)
     assert not FORMAT.accepts(TensorSpec("twinquant", 4, rows, cols, spec.block, group, 96, 4))
@@ -78,9 +78,9 @@ def test_branches_have_whole_groups_and_narrow_matrices_none(rows, cols, rank, g
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="4, 8 or 16 bits, not 5"):
-        FORMAT.spec(64, 64, 4, 0, 5)
+        FORMAT.spec(64, 64, 4, act_bits=5)
     with pytest.raises(UsageError, match="rank of a branch cannot be -1"):
-        FORMAT.spec(64, 64, 4, -1)
+        FORMAT.spec(64, 64, 4, rank=-1)
     with pytest.raises(UnsupportedShape, match="48 inputs"):
         FORMAT.spec(64, 48, 4)
     weight = _weight(16, 256)

@@ -39,6 +39,7 @@ def options(**choices) -> QuantizeOptions:
         "calib_dtype": "float32",
         "rank": 64,
         "learn": False,
+        "tune": False,
     }
     return QuantizeOptions(format="twinquant", **{**common, **choices})
 

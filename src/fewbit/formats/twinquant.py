@@ -19,7 +19,7 @@ from fewbit.formats.base import Format, InputStatistics, Layout, TensorSpec, get
 from fewbit.math.hadamard import rotate
 from fewbit.math.inputs import quantized_inputs
 from fewbit.math.lowrank import balanced, fitted_up, leading_directions
-from fewbit.math.rounding import Quantized, Rows, energy, inverse_factor, quantize_rotated
+from fewbit.math.rounding import Quantized, Rows, energy, inverse_factor, one_thread, quantize_rotated
 
 ACT_BITS = (4, 8, 16)
 DOWN = "down_"
@@ -87,7 +87,14 @@ class TwinQuant(Format):
         self, weight: Rows, spec: TensorSpec, signs: torch.Tensor | None, calibration: dict[str, torch.Tensor]
     ) -> Quantized:
         """See `Format.quantize`. Error feedback runs over V first and then over R, with the second moment of
-        `[h, x]`, so that R repays what the rounding of U and V lost."""
+        `[h, x]`, so that R repays what the rounding of U and V lost. Runs on one thread, because its sums decide codes
+        and the bytes must not depend on the number of threads; processes share the work among them."""
+        with one_thread():
+            return self._quantize(weight, spec, signs, calibration)
+
+    def _quantize(
+        self, weight: Rows, spec: TensorSpec, signs: torch.Tensor | None, calibration: dict[str, torch.Tensor]
+    ) -> Quantized:
         plain = weight[0 : spec.rows].float()
         if not bool(torch.isfinite(plain).all()):
             raise NonFiniteWeights("the weight holds NaN or infinity; mend the source checkpoint, or leave it out")

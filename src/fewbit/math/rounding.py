@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -224,6 +225,17 @@ def quantize_rotated(
 def energy(matrix: torch.Tensor) -> float:
     """|W|^2 of `W [N, K]`, the same for any number of threads: those share rows, and a row's sum is one thread's."""
     return math.fsum(matrix.double().square().sum(1).tolist())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch runs on one thread, so that sums come out the same on any number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Rows(Protocol):
