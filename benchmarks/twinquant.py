@@ -29,10 +29,13 @@ from fewbit.pipeline.run import quantize
 BASE = QuantizeOptions(format="twinquant", head="bf16")
 STEPS = {
     **{step: ablated(BASE, step) for step in ABLATIONS},
-    "full, not learned": replace(BASE, learn=False),
+    "full, not tuned": replace(BASE, tune=False),
+    "full, not learned, not tuned": replace(BASE, learn=False, tune=False),
     "full, no branch": replace(BASE, rank=0),
-    "full, no branch, not learned": replace(BASE, rank=0, learn=False),
-    "Hadamard + GPTQ": replace(BASE, rank=0, smooth=False, center=False),
+    "full, no branch, not learned, not tuned": replace(BASE, rank=0, learn=False, tune=False),
+    "Hadamard + GPTQ": replace(BASE, rank=0, smooth=False, center=False, learn=False, tune=False),
+    # A branch of 16 bits takes the bytes of four times the rank in four.
+    "SVDQuant": replace(BASE, code="svdquant", rank=34, smooth=False, center=False),
 }
 ROWS = {f"W4A{bits} {name}": replace(options, act_bits=bits) for bits in (4, 8, 16) for name, options in STEPS.items()}
 

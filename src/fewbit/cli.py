@@ -50,7 +50,7 @@ def quantize(
     model: o.Model,
     out: o.Out,
     format_: o.Format = "itq3_s",
-    code: o.Code = "trellis",
+    code: o.Code = "",
     bits: o.Bits = 0,
     target_size: o.TargetSize = "",
     head: o.Head = "auto",

@@ -17,7 +17,13 @@ Format = Annotated[
         "--format", help="itq3_s (weights of 2 to 4 bits) or twinquant (4-bit weights, inputs of 4, 8 or 16 bits)."
     ),
 ]
-Code = Annotated[str, typer.Option(help="Of itq3_s: trellis (the product), or ternary, iq3_s, lloyd8 (controls).")]
+Code = Annotated[
+    str,
+    typer.Option(
+        help="Of itq3_s: trellis (the default), or ternary, iq3_s, lloyd8 (controls). Of twinquant: twin, or svdquant "
+        "(a control)."
+    ),
+]
 Rank = Annotated[int, typer.Option(help="Rank of the low-rank branch; narrow matrices get less.", rich_help_panel=TWIN)]
 ActBits = Annotated[int, typer.Option(help="Bits of the inputs: 4, 8 or 16.", rich_help_panel=TWIN)]
 Ablation = Annotated[

@@ -15,7 +15,9 @@ from torch import nn
 
 from fewbit.checkpoint.artifact import QuantizedModule
 from fewbit.formats import get_format
+from fewbit.formats.svdquant import SvdQuant
 from fewbit.math.hadamard import rotate, unpack_signs, unrotate
+from fewbit.math.inputs import quantized_inputs
 from fewbit.ops.cpu import FLOATS
 from fewbit.ops.layouts import from_lanes, place
 from fewbit.ops.schemas import ROW_GROUP
@@ -100,6 +102,8 @@ class PackedTensor(nn.Module):
         training = torch.is_grad_enabled() and x.requires_grad
         if self.spec.format == "twinquant":
             return self._twin_product(x, bias, training)
+        if self.spec.format == "svdquant":
+            return self._svd_product(x, bias)
         native = self.spec.format == "trellis" and self.spec.block > 1
         if native and x.device.type == "cpu" and x.dtype in FLOATS and not training:
             return torch.ops.fewbit.linear(
@@ -131,6 +135,17 @@ class PackedTensor(nn.Module):
         return torch.ops.fewbit.linear(
             x, *both, None, signs, offset, spec.bits, spec.block, "nibbles", spec.act_bits, self.shift
         )
+
+    def _svd_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        spec, rows = self.spec, x.reshape(-1, self.spec.cols)
+        offset = self.offset if bias is None else self.offset + bias.float()
+        signs = self.signs if spec.block > 1 else None
+        found = SvdQuant().components(self.parts(), spec)
+        exact, seen = (
+            quantized_inputs(rows, signs, spec.block, spec.group, bits, self.shift) for bits in (16, spec.act_bits)
+        )
+        y = seen @ found.residual.T + exact @ found.down.T @ found.up.T + offset
+        return y.to(x.dtype).view(*x.shape[:-1], spec.rows)
 
     def plain_weight(self) -> torch.Tensor:
         """`W`, float32 `[N, K]`: the weight-side placement of the rotation."""

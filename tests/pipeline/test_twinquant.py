@@ -170,6 +170,19 @@ def test_learning_gains_keeps_rotations_orthogonal_and_leaves_an_equivalent_mode
     assert distance(tied_dir, tmp_path / "out", calibration_text) < 0.3
 
 
+@pytest.mark.parametrize("rank", [0, 30])
+def test_the_control_with_a_branch_of_16_bits_verifies_and_computes_nearly_the_same(
+    wide_dir, calibration_text, tmp_path, rank
+):
+    chosen = options(code="svdquant", act_bits=4, rank=rank, learn=None, tune=None)
+    quantize(wide_dir, tmp_path / "out", chosen, [calibration_text])
+    artifact = Artifact.open(tmp_path / "out")
+    assert [problem for _, problem in artifact.verify(open_source(wide_dir)) if problem] == []
+    assert {module.spec.rank for module in artifact.modules.values()} == ({24, 30} if rank else {0})
+    assert "tuning" not in artifact.record
+    assert distance(wide_dir, tmp_path / "out", calibration_text) < 0.35
+
+
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_tuning_follows_the_quantized_model_and_what_is_stored_computes_what_was_tuned(
     wide_dir, calibration_text, tmp_path, act_bits
@@ -233,12 +246,13 @@ def test_mixtures_of_experts_work_too(make_mixture, tiny_models, calibration_tex
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"code": "ternary"}, "twinquant has none to choose"),
+        ({"code": "ternary"}, "unknown code 'ternary' of twinquant"),
+        ({"code": "svdquant", "learn": True}, "neither learned nor tuned"),
         ({"learn": True, "smooth": False}, "axes are learned from"),
         ({"act_bits": 5}, "4, 8 or 16 bits, not 5"),
         ({"rank": -2}, "rank of a branch cannot be -2"),
-        ({"bits": 3}, "twinquant stores 4 bits, not 3"),
-        ({"bits": 3.5}, "twinquant stores 4 bits only"),
+        ({"bits": 3}, "code twin stores 4 bits, not 3"),
+        ({"bits": 3.5}, "code twin stores 4 bits only"),
     ],
 )
 def test_what_the_format_does_not_offer_is_refused(choices, message):

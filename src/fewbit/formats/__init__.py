@@ -3,7 +3,7 @@
 `get_format(name)` finds one, `format_names()` lists them; docs/ has one page per family.
 """
 
-from fewbit.formats import groupint, int4, iq3_s, scalar, trellis, twinquant
+from fewbit.formats import groupint, int4, iq3_s, scalar, svdquant, trellis, twinquant
 from fewbit.formats.base import _FORMATS, Format, GroupFormat, TensorSpec, get_format, group_format
 
 
@@ -29,6 +29,7 @@ __all__ = [
     "int4",
     "iq3_s",
     "scalar",
+    "svdquant",
     "trellis",
     "twinquant",
 ]

@@ -99,21 +99,22 @@ class TwinQuant(Format):
         if not bool(torch.isfinite(plain).all()):
             raise NonFiniteWeights("the weight holds NaN or infinity; mend the source checkpoint, or leave it out")
         matrix = plain if signs is None else rotate(plain, signs, spec.block)
-        parts = self._encode(matrix, spec, calibration)
+        parts = self.encode(matrix, spec, calibration)
         found = self.components(parts, spec)
         shift = calibration.get("shift", torch.zeros(spec.cols).half())
         parts["shift"], parts["offset"] = shift, torch.zeros(spec.rows)
         if calibration:
             # The mean of the outputs becomes the exact one, rounded inputs and weights notwithstanding.
-            quantized = calibration["mean_quantized"]
-            inside = found.residual @ quantized + found.up @ (found.down @ quantized)
-            parts["offset"] = plain @ calibration["mean"] - inside
+            mean = calibration["mean"]
+            seen = mean - shift.float()
+            seen = seen if signs is None else rotate(seen[None], signs, spec.block)[0]
+            parts["offset"] = plain @ mean - self.mean_outputs(found, seen, calibration["mean_quantized"])
         values = found.residual + found.up @ found.down
         total = energy(matrix)
         lost = energy(values - matrix)
         return Quantized(parts, values, lost / total if total > 0.0 else 0.0)
 
-    def _encode(
+    def encode(
         self, matrix: torch.Tensor, spec: TensorSpec, calibration: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The integer parts of a rotated matrix float32 `[N, K]`."""
@@ -148,6 +149,11 @@ class TwinQuant(Format):
             return torch.zeros(spec.rank)
         h = held @ down.T
         return (quantized_inputs(h, None, 1, spec.group, spec.act_bits) - h).square().mean(0)
+
+    def mean_outputs(self, found: Components, exact: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        """What the components make of the mean input, float32 `[N]`: the `exact` one `[K]` or the one that is left when
+        inputs are quantized, both shifted and rotated."""
+        return found.residual @ quantized + found.up @ (found.down @ quantized)
 
     def components(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> Components:
         """The decoded matrices, on the inputs' rotated axes."""

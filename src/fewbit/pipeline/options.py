@@ -15,8 +15,11 @@ import torch
 from fewbit.errors import UsageError
 from fewbit.formats import get_format
 
-FORMATS = ("itq3_s", "twinquant")
-CODES = {"trellis": "trellis", "ternary": "ternary", "iq3_s": "iq3_s", "lloyd8": "lloyd8"}
+CODES = {
+    "itq3_s": {"trellis": "trellis", "ternary": "ternary", "iq3_s": "iq3_s", "lloyd8": "lloyd8"},
+    "twinquant": {"twin": "twinquant", "svdquant": "svdquant"},
+}
+"""The formats of single matrices behind the codes of a format, the product first, then controls."""
 HEADS = {
     "auto": ("trellis", 4),
     "itq4": ("trellis", 4),
@@ -48,12 +51,12 @@ STEP_WEIGHTS = 2.2e10  # steps times weights that tuning takes by default: 160 s
 class QuantizeOptions:
     """The choices of one run.
 
-    `format`, `code` (of itq3_s) and `bits` (0: 3, or 4 for twinquant) say how the linears of the decoder layers are
-    stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the low-rank branch and
-    `act_bits` the width of inputs. With `smooth`, scales that make inputs cheaper to quantize are folded into norms, up
-    and value projections; with `center`, the mean of inputs is taken off before they are quantized; with `learn` (None:
-    for models up to 2 G weights) axes are learned before rounding, in at most `learn_steps` steps (0: fewer for larger
-    models).
+    `format`, `code` ("": the first one of the format) and `bits` (0: 3, or 4 for twinquant) say how the linears of the
+    decoder layers are stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the
+    low-rank branch and `act_bits` the width of inputs. With `smooth`, scales that make inputs cheaper to quantize are
+    folded into norms, up and value projections; with `center`, the mean of inputs is taken off before they are
+    quantized; with `learn` (None: for models up to 2 G weights) axes are learned before rounding, in at most
+    `learn_steps` steps (0: fewer for larger models).
 
     A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4 bits come to, chosen
     by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its place. Head "auto" joins
@@ -71,7 +74,7 @@ class QuantizeOptions:
     """
 
     format: str = "itq3_s"
-    code: str = "trellis"
+    code: str = ""
     bits: float = 0
     target_bytes: int = 0
     head: str = "auto"
@@ -93,16 +96,18 @@ class QuantizeOptions:
     learn_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise UsageError(f"unknown format '{self.format}': choose {' or '.join(FORMATS)}")
+        if self.format not in CODES:
+            raise UsageError(f"unknown format '{self.format}': choose {' or '.join(CODES)}")
+        codes = CODES[self.format]
+        object.__setattr__(self, "code", self.code or next(iter(codes)))
         if not self.bits:
             object.__setattr__(self, "bits", 4 if self.format == "twinquant" else 3)
         if not math.isfinite(self.bits):
             raise UsageError(f"{self.bits} is no number of bits; give 2, 3 or 4, or a mean such as 3.25")
         # The plan's identity must not tell 3 from 3.0.
         object.__setattr__(self, "bits", int(self.bits) if self.bits == int(self.bits) else float(self.bits))
-        if self.code not in CODES:
-            raise UsageError(f"unknown code '{self.code}': choose one of {', '.join(CODES)}")
+        if self.code not in codes:
+            raise UsageError(f"unknown code '{self.code}' of {self.format}: choose one of {', '.join(codes)}")
         if self.format == "twinquant":
             self._check_twinquant()
         if self.head not in HEADS:
@@ -135,8 +140,8 @@ class QuantizeOptions:
             raise UsageError(f"damping must be auto or lie between 0 and 1, not {self.damping}")
 
     def _check_twinquant(self) -> None:
-        if self.code != "trellis":
-            raise UsageError(f"code {self.code} is one of itq3_s; twinquant has none to choose")
+        if self.code == "svdquant" and (self.tune or self.learn):
+            raise UsageError("svdquant is a control that is neither learned nor tuned")
         if self.learn and not self.smooths:
             raise UsageError("axes are learned from calibration text and measured scales: use ldlq and smoothing")
         if self.learn_steps < 0:
@@ -147,7 +152,7 @@ class QuantizeOptions:
     @property
     def format_name(self) -> str:
         """The format of the decoder layers' weights."""
-        return "twinquant" if self.format == "twinquant" else CODES[self.code]
+        return CODES[self.format][self.code]
 
     @property
     def spec_choices(self) -> dict[str, int]:
@@ -160,7 +165,7 @@ class QuantizeOptions:
 
     @property
     def _stored_as(self) -> str:
-        return f"code {self.code}" if self.format == "itq3_s" else self.format
+        return f"code {self.code}"
 
     @property
     def smooths(self) -> bool:
@@ -195,9 +200,10 @@ class QuantizeOptions:
         elif dtype == "auto":
             # Where AVX-512 alone multiplies bfloat16, PyTorch runs at half the speed of its float32.
             dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
-        tune = self.tune if self.tune is not None else self.rounding == "ldlq" and weights <= TUNED_WEIGHTS
+        fits = self.rounding == "ldlq" and self.code != "svdquant" and weights <= TUNED_WEIGHTS
+        tune = self.tune if self.tune is not None else fits
         steps = self.tune_steps or max(LEAST_STEPS, min(MOST_STEPS, int(STEP_WEIGHTS / max(1, weights))))
-        learn = self.smooths and (self.learn if self.learn is not None else weights <= TUNED_WEIGHTS)
+        learn = self.smooths and (self.learn if self.learn is not None else fits)
         learn_steps = self.learn_steps or max(LEAST_LEARNED, min(MOST_LEARNED, int(LEARNED_WEIGHTS / max(1, weights))))
         return replace(
             self,
