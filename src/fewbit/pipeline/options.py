@@ -10,8 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
+from fewbit.environment import multiplies_bfloat16
 from fewbit.errors import UsageError
 from fewbit.formats import get_format
 
@@ -66,7 +65,7 @@ class QuantizeOptions:
     the Hessian of the calibration text) or "nearest". With `sequential` the Hessians are those of a model whose
     earlier linears are rounded already, otherwise the full model's. `calib_tokens` is the budget over all
     calibration files, cut into windows of `calib_window` tokens. The layers' products run in `calib_dtype` ("auto":
-    bfloat16 where the processor has AMX tiles for it); hidden states and Hessians stay float32. `damping` is relative
+    bfloat16 where the processor is faster with it); hidden states and Hessians stay float32. `damping` is relative
     to the mean of the Hessian's diagonal ("auto": chosen per input on held-out tokens).
 
     With `tune` (None: for models up to 2 G weights) scales, norms and biases follow the full model's predictions
@@ -198,8 +197,7 @@ class QuantizeOptions:
         if dtype == "auto" and earlier is not None:
             dtype = earlier["calib_dtype"]
         elif dtype == "auto":
-            # Where AVX-512 alone multiplies bfloat16, PyTorch runs at half the speed of its float32.
-            dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+            dtype = "bfloat16" if multiplies_bfloat16() else "float32"
         fits = self.rounding == "ldlq" and self.code != "svdquant" and weights <= TUNED_WEIGHTS
         tune = self.tune if self.tune is not None else fits
         steps = self.tune_steps or max(LEAST_STEPS, min(MOST_STEPS, int(STEP_WEIGHTS / max(1, weights))))
