@@ -30,6 +30,7 @@ from fewbit.models import Family, get_family
 from fewbit.pipeline.calibrate import LayerStream
 from fewbit.pipeline.descent import Descent, share_of_rate
 from fewbit.pipeline.jobs import BRANCHES, tensor_signs
+from fewbit.pipeline.memory import activation_bytes, available_memory
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
 from fewbit.pipeline.teacher import Divergence, Teacher
@@ -37,6 +38,7 @@ from fewbit.pipeline.teacher import Divergence, Teacher
 WINDOWS_PER_STEP = 2
 HELD_BATCHES = 4
 CHECK_EVERY = 16
+WEIGHT_COPIES = 8  # of a weight that a step keeps for the way back
 RATES = {"residual": 1e-3, "values": 1e-3, "gains": 1e-2, "scales": 1e-2, "branches": 2e-3}
 STATE = "learning.safetensors"
 REPORT = "learning.json"
@@ -136,7 +138,8 @@ class LearnedLinear(nn.Module):
 
     def down(self) -> torch.Tensor:
         """U `[r, K]` of the moment, before rounding."""
-        return self.factor() @ self.start
+        with full_precision():
+            return self.factor() @ self.start
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group, act_bits = self.spec.group, self.spec.act_bits
@@ -146,7 +149,9 @@ class LearnedLinear(nn.Module):
         y, residual = self._rotated(mean) @ weight.T, weight
         if self.start is not None:
             down = straight_through(self.down(), group, 4)
-            up = straight_through(torch.linalg.solve(down @ down.T, down @ weight.T).T, group, 4)
+            with full_precision():
+                fitted = torch.linalg.solve(down @ down.T, down @ weight.float().T).T
+            up = straight_through(fitted, group, 4)
             residual = weight - up @ down
             y = y + straight_through(seen @ down.T, group, act_bits) @ up.T
         y = y + seen @ straight_through(residual, group, 4).T
@@ -166,12 +171,17 @@ class Learner:
         self.progress = progress
         self.family = get_family(plan.model_type)
         self.windows = windows[: windows.shape[0] // WINDOWS_PER_STEP * WINDOWS_PER_STEP]
-        self.stream = LayerStream(source, self.family, self.windows, torch.float32, WINDOWS_PER_STEP)
+        self.dtype = getattr(torch, plan.options["calib_dtype"])
+        self.stream = LayerStream(source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
         self.teacher = Teacher(self.stream, work, progress)
         width = source.shape(f"{self.family.embed}.weight")[1]
         self.axes = Axes(source, self.family, start, width)
         self.linears: dict[str, LearnedLinear] = {}
         self.routers: dict[str, torch.Tensor] = {}
+        # As in tuning: what is kept for the way back takes memory, what is computed again takes time.
+        weights = sum(tensor.weights for tensor in plan.tensors if tensor.kind == "body")
+        kept = 4 * WEIGHT_COPIES * weights + activation_bytes(plan, WINDOWS_PER_STEP * self.windows.shape[1])
+        self.recompute = kept > available_memory() / 2
 
     def run(self) -> None:
         """Learn, and write the transform and the branches; does nothing where that is done."""
@@ -247,8 +257,10 @@ class Learner:
         """The divergence over one batch of windows."""
         residual = self._move()
         hidden = (self.embed @ residual)[self.ids.split(WINDOWS_PER_STEP)[batch]]
-        for index in range(len(self.stream)):
-            hidden = checkpoint(partial(self.stream.call_layer, index), hidden, use_reentrant=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            for index in range(len(self.stream)):
+                layer = partial(self.stream.call_layer, index)
+                hidden = checkpoint(layer, hidden, use_reentrant=False) if self.recompute else layer(hidden)
         norm = self.stream.model.get_submodule(self.family.final_norm)
         last = norm(hidden).flatten(0, 1) @ residual.T * self.gain
         return Divergence.apply(last, self.head, self.teacher.hidden(batch), self.head)
@@ -304,6 +316,11 @@ class Learner:
         branches = {name: linear.down() for name, linear in self.linears.items() if linear.start is not None}
         write_tensors(self.work / BRANCHES, branches)
         Transform(left @ right, found.gains, found.scales, found.values).save(self.work / TRANSFORM)
+
+
+def full_precision() -> torch.autocast:
+    """Inside, products are float32 whatever the layers around them compute in."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def learning_windows(steps: int) -> int:

@@ -8,7 +8,6 @@ calibration windows, and held-out windows decide when to stop and which state to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
 from fewbit.pipeline.descent import Descent, share_of_rate
 from fewbit.pipeline.gains import Gain, GainLinear, TwinGainLinear, with_gains
 from fewbit.pipeline.jobs import Shard, read_shard, relative_error, write_shard
+from fewbit.pipeline.memory import activation_bytes, available_memory
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
 from fewbit.pipeline.teacher import Divergence, Teacher
@@ -59,13 +59,8 @@ class Tuner:
         self.gains: dict[str, nn.Parameter] = {}
         # Activations that are kept for the way back take memory, those that are computed again take time; the values
         # are the same.
-        self.recompute = self._activation_bytes() > available_memory() / 2
-
-    def _activation_bytes(self) -> int:
-        """What a step keeps if nothing is computed again: inputs and outputs of the linears, and as much between."""
-        tokens = WINDOWS_PER_STEP * self.windows.shape[1]
-        body = [tensor for tensor in self.plan.tensors if tensor.kind == "body"]
-        return 2 * 4 * tokens * sum(sum(tensor.shape) for tensor in body)
+        kept = activation_bytes(plan, WINDOWS_PER_STEP * self.windows.shape[1])
+        self.recompute = kept > available_memory() / 2
 
     def run(self) -> None:
         """Tune and write the tuned shards and plain tensors; does nothing where that is done."""
@@ -203,14 +198,6 @@ class Tuner:
             write_shard(self.work / TUNED, self.plan, tensor, named, {**shard.facts, "relative_error": error})
         plain = {name: self.source.tensor(name) * gain for name, gain in self.gains.items() if name not in folded}
         write_tensors(self.work / PLAIN, plain)
-
-
-def available_memory() -> int:
-    """Bytes of memory that nobody uses, as far as the system tells."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 4 << 30
 
 
 def tuning_windows(steps: int) -> int:
