@@ -34,9 +34,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in [header, rule, *rows])
 
 
-def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
-    """Rows of `quality.py` on one model (all, or the `chosen` ones), mean over the seeds of the reference."""
-    measured = json.loads((RESULTS / f"quality-{model}.json").read_text())["rows"]
+def scores(measured: dict[str, Any], title: str, chosen: tuple[str, ...] = ()) -> str:
+    """What rows (all, or the `chosen` ones) score, mean over the seeds of the reference."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for key, row in measured.items():
         groups.setdefault(key.partition(" | ")[0], []).append(row)
@@ -57,6 +56,12 @@ def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
                     str(len(found)),
                 ]
             )
+    return markdown(header, lines)
+
+
+def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
+    """The rows of `quality.py` on one model."""
+    measured = json.loads((RESULTS / f"quality-{model}.json").read_text())["rows"]
     first = next(iter(measured.values()))
     note = (
         f"\n{first['tokens']} tokens of held-out Wikipedia text in windows of {first['window']}, float32, decoded "
@@ -64,7 +69,20 @@ def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
         f"calibration tokens, half web, half Wikipedia, for llama.cpp's importance matrix too; the off-grid reference "
         f"has perplexity {first['reference_perplexity']:.2f}. Made by `benchmarks/quality.py`.\n"
     )
-    return markdown(header, lines) + note
+    return scores(measured, title, chosen) + note
+
+
+def twinquant(model: str, title: str) -> str:
+    """The rows of `twinquant.py` on one model."""
+    measured = json.loads((RESULTS / f"twinquant-{model}.json").read_text())["rows"]
+    first = next(iter(measured.values()))
+    note = (
+        f"\n{first['tokens']} tokens of held-out Wikipedia text in windows of {first['window']}, as the kernels "
+        f"compute, float32 between them, head and embeddings in 16 bits; {first['options']['calib_tokens']} "
+        f"calibration tokens, half web, half Wikipedia; the off-grid reference has perplexity "
+        f"{first['reference_perplexity']:.2f}. Made by `benchmarks/twinquant.py`.\n"
+    )
+    return scores(measured, title) + note
 
 
 def encoding() -> str:
@@ -168,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
+    "twinquant-smollm2": partial(twinquant, "smollm2-135m", "SmolLM2-135M"),
     "encoding": encoding,
     "kernels": kernels,
     "peers": peers,

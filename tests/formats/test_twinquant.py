@@ -127,6 +127,11 @@ def test_where_inputs_lose_little_the_branch_gains_and_where_they_do_not_it_cost
     assert _output_error(spec(64, 4)) < 1.02 * _output_error(spec(0, 4))
 
 
+def test_without_calibration_the_branch_knows_what_rounding_h_costs():
+    plain, branch = (TensorSpec("twinquant", 4, 272, 256, 256, 64, rank, 4) for rank in (0, 64))
+    assert _output_error(branch, calibrated=False) < _output_error(plain, calibrated=False)
+
+
 @pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("block", [1, 256])
 @pytest.mark.parametrize("act_bits", [4, 8, 16])

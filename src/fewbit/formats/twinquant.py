@@ -24,6 +24,7 @@ from fewbit.math.rounding import Quantized, Rows, energy, inverse_factor, one_th
 ACT_BITS = (4, 8, 16)
 DOWN = "down_"
 GAUSSIAN_ERROR = 0.0093  # of int4 in groups of 128, relative to the energy
+GAUSSIAN_INPUT_ERROR = {4: 0.0106, 8: 4e-5, 16: 0.0}  # the same of inputs, by their bits
 USUAL_DAMPING = 0.01
 
 
@@ -132,7 +133,7 @@ class TwinQuant(Format):
             directions = balanced(leading_directions(matrix, spec.rank, hessian, "svd"), hessian)
         rounded = quantize_rotated(int4, directions, down_spec(spec), factor)
         down, parts = rounded.values, {DOWN + name: part for name, part in rounded.parts.items()}
-        noise = self._branch_noise(calibration.get("held"), down, spec)
+        noise = self._branch_noise(calibration.get("held"), hessian, down, spec)
         price = 1.0 if factor is None else float((1.0 / factor.diagonal().double().square()).mean())
         up = fitted_up(matrix, down, noise, GAUSSIAN_ERROR * price)
         joint = inverse_factor(_joint_moment(hessian, down, noise), damping)
@@ -143,10 +144,13 @@ class TwinQuant(Format):
         both["scales"] = torch.cat([both["scales"][:, groups:], both["scales"][:, :groups]], 1)
         return {**both, **parts}
 
-    def _branch_noise(self, held: torch.Tensor | None, down: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        """The mean squared error of each entry of h when it is quantized, float32 `[r]`, from inputs `[n, K]`."""
+    def _branch_noise(
+        self, held: torch.Tensor | None, hessian: torch.Tensor, down: torch.Tensor, spec: TensorSpec
+    ) -> torch.Tensor:
+        """The mean squared error of each entry of h when it is quantized, float32 `[r]`: from `held` inputs `[n, K]`,
+        or as if h were Gaussian."""
         if spec.act_bits == 16 or held is None or not held.shape[0]:
-            return torch.zeros(spec.rank)
+            return GAUSSIAN_INPUT_ERROR[spec.act_bits] * ((down @ hessian) * down).sum(1)
         h = held @ down.T
         return (quantized_inputs(h, None, 1, spec.group, spec.act_bits) - h).square().mean(0)
 
