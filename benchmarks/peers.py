@@ -29,7 +29,7 @@ from fewbit.environment import cpu_name
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 ARCHIVE = f"llama_cpp_python-{VERSION}"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-GGML = f"{ARCHIVE}/vendor/llama.cpp/ggml"
+LLAMA = f"{ARCHIVE}/vendor/llama.cpp"
 DRIVER = Path(__file__).resolve().parent / "peers"
 BUILDS = {
     "avx512": {"GGML_NATIVE": "ON"},  # AMX is off in every build, see peers/CMakeLists.txt
@@ -58,10 +58,11 @@ def run(command: list[str], what: str) -> str:
 
 
 def fetch(cache: Path) -> Path:
-    """The directory of ggml's sources, downloaded on first use. Nothing of the package is built or run."""
-    target = cache / GGML
-    if target.is_dir():
+    """The directory of llama.cpp's sources, downloaded on first use. Nothing of the package is built or run."""
+    target = cache / LLAMA
+    if (target / "CMakeLists.txt").exists():
         return target
+    shutil.rmtree(target, ignore_errors=True)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
@@ -72,11 +73,11 @@ def fetch(cache: Path) -> Path:
         if found != SHA256:
             raise SystemExit(f"peers: {archive.name}: sha256 {found} instead of {SHA256}; it is not the one expected")
         with tarfile.open(archive) as tree:
-            wanted = [member for member in tree if member.name.startswith(f"{GGML}/")]
+            wanted = [member for member in tree if member.name.startswith(f"{LLAMA}/")]
             tree.extractall(scratch, wanted, filter="data")
         target.parent.mkdir(parents=True, exist_ok=True)
         # The sources have their final name only once they are complete.
-        os.replace(Path(scratch) / GGML, target)
+        os.replace(Path(scratch) / LLAMA, target)
     return target
 
 
@@ -88,17 +89,21 @@ def build(isa: str) -> Path:
 def build_target(target: str, prefix: str, options: dict[str, str]) -> Path:
     """The directory where `target` is built with ggml; what is built already for this processor is kept."""
     cache = default_cache_dir() / "peers"
-    source = fetch(cache)
-    settings = {"CMAKE_BUILD_TYPE": "Release", "GGML_SOURCE": str(source), **options}
-    key = hashlib.sha256(json.dumps([cpu_name(), str(DRIVER), settings]).encode()).hexdigest()[:8]
+    settings = {"CMAKE_BUILD_TYPE": "Release", "GGML_SOURCE": str(fetch(cache) / "ggml"), **options}
+    return cmake_build(DRIVER, cache, prefix, settings, [target])
+
+
+def cmake_build(source: Path, cache: Path, prefix: str, settings: dict[str, str], targets: list[str]) -> Path:
+    """The directory where `targets` are built; what is built already for this processor is kept."""
+    key = hashlib.sha256(json.dumps([cpu_name(), str(source), settings]).encode()).hexdigest()[:8]
     directory = cache / f"{prefix}-{key}"
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if cmake is None:
         raise SystemExit("peers: cmake is not installed; make venv installs it")
     defines = [f"-D{name}={value}" for name, value in settings.items()]
-    run([cmake, "-S", str(DRIVER), "-B", str(directory), *defines], "configure ggml")
+    run([cmake, "-S", str(source), "-B", str(directory), *defines], "configure ggml")
     jobs = str(min(2, os.cpu_count() or 1))
-    run([cmake, "--build", str(directory), "--target", target, "--parallel", jobs], "build ggml")
+    run([cmake, "--build", str(directory), "--target", *targets, "--parallel", jobs], "build ggml")
     return directory
 
 

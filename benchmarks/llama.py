@@ -1,0 +1,64 @@
+"""Builds llama.cpp's own tools from the sources that peers.py fetches, and makes files for them.
+
+`llama-bench` measures how fast a file is decoded, `llama-quantize` makes files of its types, and a script of theirs turns
+a checkpoint into the file that both start from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from peers import cmake_build, fetch, run
+
+from fewbit.assets import default_cache_dir
+
+SETTINGS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "OFF",
+    "GGML_NATIVE": "ON",
+    "LLAMA_CURL": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_SERVER": "OFF",
+    # GCC 12 drops stores to the tile configuration, and ggml's AMX kernels crash with it.
+    "CMAKE_C_FLAGS": "-mno-amx-tile",
+    "CMAKE_CXX_FLAGS": "-mno-amx-tile",
+}
+TOOLS = ("llama-bench", "llama-quantize")
+
+
+def tools() -> Path:
+    """The directory of the built tools."""
+    cache = default_cache_dir() / "peers"
+    return cmake_build(fetch(cache), cache, "llama", SETTINGS, list(TOOLS)) / "bin"
+
+
+def made_file(model: Path, kind: str, directory: Path) -> Path:
+    """A GGUF file of a checkpoint in one of llama.cpp's types ("BF16", "Q4_K_M", ...); made once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"{kind}.gguf"
+    if target.exists():
+        return target
+    part = target.with_suffix(".part")
+    if kind == "BF16":
+        script = fetch(default_cache_dir() / "peers") / "convert_hf_to_gguf.py"
+        options = ["--outtype", "bf16", "--outfile", str(part)]
+        run([sys.executable, str(script), str(model), *options], f"convert {model.name}")
+    else:
+        # Types that ask for an importance matrix are given none: how fast they are does not depend on it.
+        source = made_file(model, "BF16", directory)
+        run([str(tools() / "llama-quantize"), str(source), str(part), kind], f"quantize to {kind}")
+    os.replace(part, target)
+    return target
+
+
+def speeds(file: Path, prompt: int, generated: int, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """What llama-bench reports of one file: a row for the prompt and one for the tokens after it."""
+    numbers = ["-p", str(prompt), "-n", str(generated), "-t", str(threads), "-r", str(repeats)]
+    command = [str(tools() / "llama-bench"), "-m", str(file), *numbers, "-ngl", "0", "-o", "json"]
+    return json.loads(run(command, f"measure {file.name}"))
