@@ -1,7 +1,7 @@
 """Builds llama.cpp's own tools from the sources that peers.py fetches, and makes files for them.
 
-`llama-bench` measures how fast a file is decoded, `llama-quantize` makes files of its types, and a script of theirs turns
-a checkpoint into the file that both start from.
+`llama-bench` measures how fast a file is decoded, `llama-quantize` makes files of its types, and a script of theirs
+turns a checkpoint into the file that both start from.
 """
 
 from __future__ import annotations

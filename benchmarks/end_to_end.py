@@ -1,0 +1,201 @@
+"""How fast whole models decode and read prompts, beside llama.cpp and PyTorch, in one run on one machine.
+
+Rounds go through all contestants in turn, so that what disturbs the machine disturbs all alike, and medians over the
+rounds count. Weights are rounded to nearest: speed does not depend on how well they are rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama
+import torch
+from encode import commit
+from peers import PACKAGE, VERSION
+from transformers.utils import logging
+
+from fewbit.assets import default_cache_dir, fetch_model
+from fewbit.environment import environment
+from fewbit.loading import load_any
+from fewbit.ops.extension import load_native
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.run import quantize
+
+OUTPUT = Path(__file__).resolve().parent / "results"
+CHECKPOINTS = {
+    "itq3_s 3 bits": QuantizeOptions(rounding="nearest", head="itq4"),
+    "itq3_s 4 bits": QuantizeOptions(rounding="nearest", head="itq4", bits=4),
+    "twinquant W4A8": QuantizeOptions(format="twinquant", rounding="nearest", head="itq4", act_bits=8),
+    "twinquant W4A4": QuantizeOptions(format="twinquant", rounding="nearest", head="itq4", act_bits=4),
+}
+TYPES = ("Q4_K_M", "Q4_0", "IQ3_S")
+TORCH = "bfloat16"
+PROMPT, GENERATED = 512, 64
+PIECE = "The history of the town begins "
+
+
+def checkpoint(model: str, name: str) -> Path:
+    """A checkpoint of the model, made once."""
+    directory = default_cache_dir() / "end-to-end" / model / name.replace(" ", "-")
+    if not (directory / "fewbit.json").exists():
+        quantize(fetch_model(model), directory, CHECKPOINTS[name], [])
+    return directory
+
+
+def contestants(model: str, chosen: list[str]) -> Iterator[tuple[str, str, Path]]:
+    """Who takes part: program, name and file."""
+    for name in CHECKPOINTS:
+        if f"fewbit {name}" in chosen:
+            yield "fewbit", name, checkpoint(model, name)
+    for kind in TYPES:
+        if f"llama.cpp {kind}" in chosen:
+            yield "llama.cpp", kind, llama.made_file(fetch_model(model), kind, default_cache_dir() / "gguf" / model)
+    if f"torch {TORCH}" in chosen:
+        yield "torch", TORCH, fetch_model(model)
+
+
+def fewbit(*arguments: str) -> tuple[str, float, int]:
+    """A run of the command line: its output, its seconds and the most memory it took, in bytes."""
+    command = [str(Path(sys.executable).with_name("fewbit")), *arguments]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        output = process.stdout.read()
+        words = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{words}")
+    return output, time.perf_counter() - started, 1024 * usage.ru_maxrss
+
+
+def fewbit_speeds(path: Path, threads: int) -> dict[str, float]:
+    numbers = ("--prompt-tokens", str(PROMPT), "--gen-tokens", str(GENERATED), "--threads", str(threads))
+    report = json.loads(fewbit("bench", str(path), *numbers, "--json")[0])
+    return {
+        "prefill": report["prefill"][0]["tokens_per_second"],
+        "decode": report["decode"][0]["tokens_per_second"],
+        "bandwidth_share": report["bandwidth_share"],
+    }
+
+
+def llama_speeds(path: Path, threads: int) -> dict[str, float]:
+    prompt, generated = llama.speeds(path, PROMPT, GENERATED, threads, 1)
+    return {"prefill": prompt["avg_ts"], "decode": generated["avg_ts"]}
+
+
+@torch.inference_mode()
+def torch_speeds(model: Any, threads: int) -> dict[str, float]:
+    """transformers' model in bfloat16 with its own cache."""
+    torch.set_num_threads(threads)
+    ids = torch.arange(PROMPT)[None] % model.config.vocab_size
+    started = time.perf_counter()
+    state = model(ids, use_cache=True)
+    prefilled = time.perf_counter()
+    cache, token = model(ids[:, :1], use_cache=True).past_key_values, state.logits[:, -1:].argmax(-1)
+    begun = time.perf_counter()
+    for _ in range(GENERATED):
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    return {
+        "prefill": PROMPT / (prefilled - started),
+        "decode": GENERATED / (time.perf_counter() - begun),
+    }
+
+
+def first_token(path: Path) -> dict[str, float]:
+    """Seconds from the start of the program to its end after one token, and the most memory of a longer answer."""
+    seconds = [fewbit("generate", str(path), "-p", PIECE, "--max-tokens", "1")[1] for _ in range(3)]
+    memory = fewbit("generate", str(path), "-p", PIECE, "--max-tokens", "64")[2]
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return {"seconds_to_first_token": statistics.median(seconds), "peak_memory_bytes": memory, "file_bytes": size}
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians and deviations over the rounds."""
+    found: dict[str, Any] = {}
+    for key in rounds[0]:
+        values = [one[key] for one in rounds]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[key] = {"median": round(statistics.median(values), 4), "stdev": round(spread, 4)}
+    return found
+
+
+def read_rate(threads: int) -> float:
+    """Bytes per second that so many threads read from memory."""
+    native = load_native()
+    assert native is not None
+    native.set_num_threads(threads)
+    buffer = torch.ones(1 << 29, dtype=torch.uint8)
+    native.read_bytes(buffer)
+    rates = []
+    for _ in range(5):
+        started = time.perf_counter()
+        native.read_bytes(buffer)
+        rates.append(buffer.numel() / (time.perf_counter() - started))
+    return max(rates)
+
+
+def measure(model: str, threads: int, rounds: int, chosen: list[str]) -> list[dict[str, Any]]:
+    """One row per contestant."""
+    parts = list(contestants(model, chosen))
+    full = None
+    if any(program == "torch" for program, _, _ in parts):
+        full = load_any(fetch_model(model), torch.bfloat16)[0]
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for program, name, path in parts:
+            if program == "torch":
+                speeds = torch_speeds(full, threads)
+            else:
+                speeds = (fewbit_speeds if program == "fewbit" else llama_speeds)(path, threads)
+            found.setdefault((program, name), []).append(speeds)
+            print(f"{model} {threads}t {program} {name}: {speeds}", file=sys.stderr, flush=True)
+    rows = []
+    for (program, name), speeds in found.items():
+        row = {"model": model, "threads": threads, "program": program, "type": name, **summary(speeds)}
+        if program == "fewbit":
+            row |= first_token(next(path for one, kind, path in parts if (one, kind) == (program, name)))
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    everyone = [f"fewbit {name}" for name in CHECKPOINTS] + [f"llama.cpp {kind}" for kind in TYPES] + [f"torch {TORCH}"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "qwen2.5-coder-1.5b"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=everyone, default=everyone, metavar="CONTESTANT")
+    parser.add_argument("--output", type=Path, default=OUTPUT / "end_to_end.json")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    rows: list[dict[str, Any]] = []
+    for model in arguments.models:
+        for threads in arguments.threads:
+            rows += measure(model, threads, arguments.rounds, arguments.only)
+            report = {
+                "benchmark": "end_to_end",
+                "prompt_tokens": PROMPT,
+                "generated_tokens": GENERATED,
+                "rounds": arguments.rounds,
+                "versions": {PACKAGE: VERSION},
+                "read_bytes_per_second": {str(count): read_rate(count) for count in arguments.threads},
+                "rows": rows,
+                "environment": environment(),
+                "commit": commit(),
+            }
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
