@@ -21,6 +21,7 @@ import llama
 import torch
 from encode import commit
 from peers import PACKAGE, VERSION
+from quality import reference_dir
 from transformers.utils import logging
 
 from fewbit.assets import default_cache_dir, fetch_model
@@ -47,7 +48,7 @@ def checkpoint(model: str, name: str) -> Path:
     """A checkpoint of the model, made once."""
     directory = default_cache_dir() / "end-to-end" / model / name.replace(" ", "-")
     if not (directory / "fewbit.json").exists():
-        quantize(fetch_model(model), directory, CHECKPOINTS[name], [])
+        quantize(reference_dir(model, 0), directory, CHECKPOINTS[name], [])
     return directory
 
 
@@ -58,9 +59,10 @@ def contestants(model: str, chosen: list[str]) -> Iterator[tuple[str, str, Path]
             yield "fewbit", name, checkpoint(model, name)
     for kind in TYPES:
         if f"llama.cpp {kind}" in chosen:
-            yield "llama.cpp", kind, llama.made_file(fetch_model(model), kind, default_cache_dir() / "gguf" / model)
+            source = next(fetch_model(model).glob("*.gguf"))
+            yield "llama.cpp", kind, llama.made_file(source, kind, default_cache_dir() / "gguf" / model)
     if f"torch {TORCH}" in chosen:
-        yield "torch", TORCH, fetch_model(model)
+        yield "torch", TORCH, reference_dir(model, 0)
 
 
 def fewbit(*arguments: str) -> tuple[str, float, int]:
@@ -150,7 +152,7 @@ def measure(model: str, threads: int, rounds: int, chosen: list[str]) -> list[di
     parts = list(contestants(model, chosen))
     full = None
     if any(program == "torch" for program, _, _ in parts):
-        full = load_any(fetch_model(model), torch.bfloat16)[0]
+        full = load_any(reference_dir(model, 0), torch.bfloat16)[0]
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(rounds):
         for program, name, path in parts:

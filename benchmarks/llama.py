@@ -1,14 +1,12 @@
 """Builds llama.cpp's own tools from the sources that peers.py fetches, and makes files for them.
 
-`llama-bench` measures how fast a file is decoded, `llama-quantize` makes files of its types, and a script of theirs
-turns a checkpoint into the file that both start from.
+`llama-bench` measures how fast a file is decoded, and `llama-quantize` makes files of its types out of another one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +36,19 @@ def tools() -> Path:
     return cmake_build(fetch(cache), cache, "llama", SETTINGS, list(TOOLS)) / "bin"
 
 
-def made_file(model: Path, kind: str, directory: Path) -> Path:
-    """A GGUF file of a checkpoint in one of llama.cpp's types ("BF16", "Q4_K_M", ...); made once."""
+def made_file(source: Path, kind: str, directory: Path) -> Path:
+    """A GGUF file in one of llama.cpp's types ("Q4_K_M", ...), made once from a file of any type.
+
+    The source may be rounded already, and types that ask for an importance matrix are given none: how fast they are
+    depends on neither.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"{kind}.gguf"
     if target.exists():
         return target
     part = target.with_suffix(".part")
-    if kind == "BF16":
-        script = fetch(default_cache_dir() / "peers") / "convert_hf_to_gguf.py"
-        options = ["--outtype", "bf16", "--outfile", str(part)]
-        run([sys.executable, str(script), str(model), *options], f"convert {model.name}")
-    else:
-        # Types that ask for an importance matrix are given none: how fast they are does not depend on it.
-        source = made_file(model, "BF16", directory)
-        run([str(tools() / "llama-quantize"), str(source), str(part), kind], f"quantize to {kind}")
+    command = [str(tools() / "llama-quantize"), "--allow-requantize", str(source), str(part), kind]
+    run(command, f"quantize to {kind}")
     os.replace(part, target)
     return target
 
