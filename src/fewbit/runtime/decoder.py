@@ -24,7 +24,7 @@ USUAL_CONTEXT = 4096
 class Decoder(Protocol):
     """A model with a cache of `slots` sequences of up to `context` positions.
 
-    `block` is the most tokens of one forward, `vocabulary` the width of the logits and `eos` the tokens that end a text.
+    `block` is the most tokens of one forward, `vocabulary` the width of the logits and `eos` what ends a text.
     A token's result does not depend on what else is in its batch.
     """
 
