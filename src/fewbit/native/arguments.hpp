@@ -68,5 +68,6 @@ void bind_rotate(nb::module_& m);
 void bind_product(nb::module_& m);
 void bind_memory(nb::module_& m);
 void bind_sampling(nb::module_& m);
+void bind_program(nb::module_& m);
 
 }  // namespace fewbit

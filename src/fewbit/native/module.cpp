@@ -146,4 +146,5 @@ NB_MODULE(_native, m) {
     bind_product(m);
     bind_memory(m);
     bind_sampling(m);
+    bind_program(m);
 }

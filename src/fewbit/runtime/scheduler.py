@@ -37,16 +37,14 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Run:
-    """One sequence's part of a step: `count` of its own tokens, then drafts; logits are wanted if that is its end."""
+    """One sequence's part of a step: `count` of its own tokens, then drafts; `rows` logits are wanted, those of the
+    last own token and of the drafts, or none in the middle of a prompt."""
 
     slot: _Slot
     sequence: Sequence
     count: int
     drafts: list[int]
-
-    @property
-    def rows(self) -> int:
-        return 1 + len(self.drafts) if self.count == self.sequence.pending else 0
+    rows: int
 
 
 @dataclass
@@ -160,11 +158,11 @@ class Scheduler:
             assert slot.sequence is not None
             drafts = self._guess(slot.sequence, room)
             room -= len(drafts)
-            runs.append(_Run(slot, slot.sequence, 1, drafts))
+            runs.append(_Run(slot, slot.sequence, 1, drafts, 1 + len(drafts)))
         for slot, part in zip(prompts, parts, strict=True):
             if part:
                 assert slot.sequence is not None
-                runs.append(_Run(slot, slot.sequence, part, []))
+                runs.append(_Run(slot, slot.sequence, part, [], int(part == slot.sequence.pending)))
         return runs
 
     def _guess(self, sequence: Sequence, room: int) -> list[int]:
