@@ -24,7 +24,6 @@ from fewbit.formats.twinquant import both_spec, down_spec
 from fewbit.ops.cpu import native_matrix
 from fewbit.ops.layouts import place
 
-
 PANEL = 32  # rows of a dense matrix that stand side by side
 
 
