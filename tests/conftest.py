@@ -58,26 +58,26 @@ def smollm2_tokenizer(smollm2_source):
     return smollm2_source.tokenizer()
 
 
-def tiny_model(kind: str, tied: bool = False, seed: int = 0):
+def tiny_model(kind: str, tied: bool = False, seed: int = 0, **changes):
     """A random two-layer model of the family `kind`, float32, with gains and biases that are not trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-    )
+    usual = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    config = AutoConfig.for_model(kind, **(usual | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -126,7 +126,7 @@ def mixture(kind: str, experts: int = 4, inner: int = 64):
 
 @pytest.fixture(scope="session")
 def make_tiny():
-    """The function `tiny_model(kind, tied=False, seed=0)`."""
+    """The function `tiny_model(kind, tied=False, seed=0, **changes)`, changes to the configuration."""
     return tiny_model
 
 
@@ -162,6 +162,12 @@ def save_character_tokenizer(directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def add_tokenizer():
+    """The function `save_character_tokenizer(directory)`."""
+    return save_character_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -27,3 +27,7 @@ class CorruptFile(FewbitError):
 
 class NonFiniteWeights(FewbitError):
     """A weight holds NaN or infinity."""
+
+
+class EngineError(FewbitError):
+    """An engine cannot give an answer: it was closed, its decoder failed, or the process was forked."""

@@ -32,6 +32,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {**_FLOAT_DTYPES, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _COMPANION_FILES = (*_TOKENIZER_FILES, "chat_template*", "generation_config.json")
 _HUB_FILES = [*_COMPANION_FILES, "config.json", "*.safetensors", INDEX]
@@ -151,12 +152,12 @@ class SafetensorsSource(Source):
         self.path = directory
         self.config = _load_config(directory)
         files = _shard_files(directory)
-        self._files: dict[str, _SafetensorsFile] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self._where: dict[str, _Stored] = {}
         family = find_family(self.config.model_type)
         experts = family.experts if family else None
         for file, promised in files.items():
-            self._files[file] = held = _SafetensorsFile(directory / file)
+            self._files[file] = held = SafetensorsFile(directory / file)
             for name in promised - set(held.tensors):
                 raise CorruptFile(f"{directory / file}: holds no {name}, which {INDEX} promises; download it again")
             for name, (_, shape, _) in held.tensors.items():
@@ -294,7 +295,7 @@ def _shard_files(directory: Path) -> dict[str, set[str]]:
     return files
 
 
-class _SafetensorsFile:
+class SafetensorsFile:
     """Reads pieces of a safetensors file.
 
     The library would map it; pages of a mapped file count as this process's memory, the whole model in the end, and
@@ -325,12 +326,17 @@ class _SafetensorsFile:
 
     def read(self, name: str, first: int, count: int) -> torch.Tensor:
         """`count` numbers of a tensor from the number `first` on."""
-        dtype, _, place = self.tensors[name]
-        numbers = torch.empty(count, dtype=_FLOAT_DTYPES[dtype])
-        left = numbers.view(torch.uint8).numpy().data
+        dtype = self.tensors[name][0]
+        numbers = torch.empty(count, dtype=_DTYPES[dtype])
+        self.read_into(numbers, name, first)
+        return numbers
+
+    def read_into(self, numbers: torch.Tensor, name: str, first: int = 0) -> None:
+        """Fill a contiguous tensor of the stored dtype with a tensor's numbers from the number `first` on."""
+        left = numbers.view(-1).view(torch.uint8).numpy().data
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(place + first * numbers.element_size())
+                file.seek(self.tensors[name][2] + first * numbers.element_size())
                 while left:
                     done = file.readinto(left)
                     if not done:
@@ -338,7 +344,6 @@ class _SafetensorsFile:
                     left = left[done:]
         except OSError as error:
             raise self._damaged(error) from error
-        return numbers
 
 
 def _download(name: str) -> Path:

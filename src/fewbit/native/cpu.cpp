@@ -4,6 +4,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "floats.hpp"
+
 #if defined(FEWBIT_HAVE_AVX2) || defined(FEWBIT_HAVE_AVX512)
 #include <cpuid.h>
 #endif
@@ -27,12 +29,12 @@ uint64_t saved_states() {
 
 struct Features {
     unsigned ebx = 0, ecx = 0, edx = 0;
-    bool half_floats, vnni;                       // vnni: on 256 bits without AVX-512
+    bool half_floats, vnni;                       // half_floats: and fused multiply-add; vnni: on 256 bits
     uint64_t states = saved_states();
 
     Features() {
         unsigned a, b, c, d;
-        half_floats = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+        half_floats = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && (c & bit_FMA);
         if (!__get_cpuid_count(7, 0, &a, &ebx, &ecx, &edx)) ebx = ecx = edx = 0;
         vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
     }
@@ -115,6 +117,22 @@ const Kernels& kernels() {
     const Kernels* current = selected.load();
     if (!current) selected.store(current = usable().back());
     return *current;
+}
+
+const FloatKernels& float_kernels() {
+    const Kernels* use = &kernels();
+    if (use == &kPortableKernels) return kPortableFloats;
+#ifdef FEWBIT_HAVE_AVX2
+    if (use == &kAvx2Kernels) return kAvx2Floats;
+#endif
+#ifdef FEWBIT_HAVE_AVXVNNI
+    if (use == &kAvxVnniKernels) return kAvx2Floats;
+#endif
+#ifdef FEWBIT_HAVE_AVX512
+    return kAvx512Floats;
+#else
+    return kPortableFloats;
+#endif
 }
 
 void select_isa(const std::string& name) {

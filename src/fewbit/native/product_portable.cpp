@@ -1,4 +1,5 @@
 // Plain C++ for every machine; compilers turn the short loops into whatever vectors they have.
+#include "half.hpp"
 #include "product.hpp"
 
 namespace fewbit {
@@ -6,19 +7,6 @@ namespace {
 
 #include "lanes.hpp"
 #include "packed_product.hpp"
-
-// Half floats by hand; every one of them is exact in single precision.
-inline float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
-    if (exponent == 0) {
-        const float small = static_cast<float>(fraction) * 0x1p-24f;
-        return sign ? -small : small;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
 
 struct Plain {
     static constexpr Code kCode = Code::trellis;

@@ -26,6 +26,16 @@ int usable_cores() {
     return count ? static_cast<int>(count) : 1;
 }
 
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Rounds of work. A worker enters a round only while it is open, and the caller closes it when nothing is left to hand
+// out: it waits for those that entered, never for a worker that the system has not got round to run.
 class Pool {
 public:
     explicit Pool(int threads) {
@@ -35,7 +45,7 @@ public:
     ~Pool() {
         {
             std::lock_guard<std::mutex> hold(mutex_);
-            stop_ = true;
+            stop_.store(true);
         }
         wake_.notify_all();
         for (std::thread& worker : workers_) worker.join();
@@ -43,56 +53,98 @@ public:
 
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-    void run(int64_t count, const std::function<void(int64_t, int)>& body) {
-        {
-            std::lock_guard<std::mutex> hold(mutex_);
-            body_ = &body;
-            count_ = count;
-            next_.store(0, std::memory_order_relaxed);
-            busy_ = static_cast<int>(workers_.size());
-            ++round_;
+    void keep_awake(bool awake) { awake_.store(awake); }
+
+    void run(int64_t count, const BodyRef& body) {
+        body_ = &body;
+        count_ = count;
+        next_.store(0, std::memory_order_relaxed);
+        const uint64_t round = (state_.load(std::memory_order_relaxed) / kRound + 1) * kRound;
+        state_.store(round | kOpen);              // sequentially consistent, as is the count of sleepers
+        if (sleepers_.load() > 0) {
+            { std::lock_guard<std::mutex> hold(mutex_); }
+            wake_.notify_all();
         }
-        wake_.notify_all();
         work(0);
+        if (state_.fetch_and(~kOpen) == (round | kOpen)) return;
+        for (int i = 0; i < kSpins; ++i) {
+            if (state_.load(std::memory_order_acquire) == round) return;
+            pause();
+        }
+        waiting_.store(true);
         std::unique_lock<std::mutex> hold(mutex_);
-        done_.wait(hold, [this] { return busy_ == 0; });
+        done_.wait(hold, [&] { return state_.load() == round; });
+        waiting_.store(false);
     }
 
 private:
+    static constexpr uint64_t kRound = uint64_t{1} << 32, kOpen = uint64_t{1} << 31;  // below: workers inside
+    static constexpr int kSpins = 4000;           // some 50 to 100 microseconds
+
     void work(int worker) {
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*body_)(i, worker);
+    }
+
+    // A new round that is open, or the end.
+    bool called(uint64_t seen) const {
+        const uint64_t state = state_.load();
+        return stop_.load() || (state / kRound != seen && (state & kOpen));
+    }
+
+    void sleep(uint64_t seen) {
+        for (int i = 0; i < kSpins && awake_.load(std::memory_order_relaxed); ++i) {
+            if (called(seen)) return;
+            pause();
+        }
+        std::unique_lock<std::mutex> hold(mutex_);
+        sleepers_.fetch_add(1);
+        wake_.wait(hold, [&] { return called(seen); });
+        sleepers_.fetch_sub(1);
     }
 
     void serve(int worker) {
         uint64_t seen = 0;
         for (;;) {
-            {
-                std::unique_lock<std::mutex> hold(mutex_);
-                wake_.wait(hold, [&] { return stop_ || round_ != seen; });
-                if (stop_) return;
-                seen = round_;
+            sleep(seen);
+            if (stop_.load()) return;
+            uint64_t state = state_.load();
+            while ((state & kOpen) && !state_.compare_exchange_weak(state, state + 1)) {
             }
+            seen = state / kRound;
+            if (!(state & kOpen)) continue;
             work(worker);
-            std::lock_guard<std::mutex> hold(mutex_);
-            if (--busy_ == 0) done_.notify_one();
+            state = state_.fetch_sub(1) - 1;
+            if (!(state & kOpen) && state % kOpen == 0 && waiting_.load()) {
+                { std::lock_guard<std::mutex> hold(mutex_); }
+                done_.notify_one();
+            }
         }
     }
 
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_, done_;
-    const std::function<void(int64_t, int)>* body_ = nullptr;
-    std::atomic<int64_t> next_{0};
+    const BodyRef* body_ = nullptr;
     int64_t count_ = 0;
-    uint64_t round_ = 0;
-    int busy_ = 0;
-    bool stop_ = false;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint64_t> state_{0};
+    std::atomic<int> sleepers_{0};
+    std::atomic<bool> awake_{false}, waiting_{false}, stop_{false};
 };
 
 struct Shared {
     std::mutex use;           // held while a caller runs the pool
     Pool* pool = nullptr;     // never freed at exit: workers may be waiting in it
     std::atomic<int> wanted{0};
+
+    Pool& pool_of(int threads) {
+        if (pool && pool->size() != threads) {
+            delete pool;
+            pool = nullptr;
+        }
+        if (!pool) pool = new Pool(threads);
+        return *pool;
+    }
 };
 
 Shared* shared = new Shared;
@@ -107,27 +159,51 @@ void after_fork_in_child() {
 const int fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
 #endif
 
+// The session of a thread: its number of threads and the pool it holds, if it got one.
+struct Held {
+    int threads = 0;
+    Pool* pool = nullptr;
+};
+thread_local Held held;
+
 }  // namespace
 
 int num_threads() {
+    if (held.threads) return held.threads;
     const int wanted = shared->wanted.load();
     return wanted ? wanted : usable_cores();
 }
 
 void set_num_threads(int count) { shared->wanted.store(count); }
 
-void parallel_for(int threads, int64_t count, const std::function<void(int64_t, int)>& body) {
-    std::unique_lock<std::mutex> hold(shared->use, std::try_to_lock);
-    if (threads == 1 || count <= 1 || !hold.owns_lock()) {
+bool in_session() { return held.threads != 0; }
+
+Session::Session(int threads) : nested_(in_session()) {
+    if (nested_) return;
+    held.threads = threads;
+    if (threads == 1 || !shared->use.try_lock()) return;
+    held.pool = &shared->pool_of(threads);
+    held.pool->keep_awake(true);
+}
+
+Session::~Session() {
+    if (nested_) return;
+    if (held.pool) {
+        held.pool->keep_awake(false);
+        shared->use.unlock();
+    }
+    held = Held{};
+}
+
+void parallel_for_ref(int threads, int64_t count, const BodyRef& body) {
+    const auto alone = [&] {
         for (int64_t i = 0; i < count; ++i) body(i, 0);
-        return;
-    }
-    if (shared->pool && shared->pool->size() != threads) {
-        delete shared->pool;
-        shared->pool = nullptr;
-    }
-    if (!shared->pool) shared->pool = new Pool(threads);
-    shared->pool->run(count, body);
+    };
+    if (threads == 1 || count <= 1) return alone();
+    if (in_session()) return held.pool ? held.pool->run(count, body) : alone();
+    const std::unique_lock<std::mutex> hold(shared->use, std::try_to_lock);
+    if (!hold.owns_lock()) return alone();
+    shared->pool_of(threads).run(count, body);
 }
 
 }  // namespace fewbit

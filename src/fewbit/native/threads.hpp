@@ -3,21 +3,61 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 
 namespace fewbit {
 
+// The threads of a call: those of the session that the calling thread is in, else as many as set.
 int num_threads();
 
-// At least 1; takes effect with the next parallel_for.
+// At least 1; takes effect with the next parallel_for outside a session.
 void set_num_threads(int count);
+
+// A function that is called by reference, so that nothing is allocated.
+class BodyRef {
+public:
+    template <class Body>
+    explicit BodyRef(const Body& body)
+        : object_(&body), call_([](const void* object, int64_t index, int worker) {
+              (*static_cast<const Body*>(object))(index, worker);
+          }) {}
+
+    void operator()(int64_t index, int worker) const { call_(object_, index, worker); }
+
+private:
+    const void* object_;
+    void (*call_)(const void* object, int64_t index, int worker);
+};
+
+void parallel_for_ref(int threads, int64_t count, const BodyRef& body);
 
 // Calls body(index, worker) for every index in [0, count) with worker < threads; indices are handed out one by one.
 // Returns when all are done. A second caller meanwhile works alone, as worker 0 of its own. The body must not throw.
-void parallel_for(int threads, int64_t count, const std::function<void(int64_t index, int worker)>& body);
+template <class Body>
+void parallel_for(int threads, int64_t count, const Body& body) {
+    parallel_for_ref(threads, count, BodyRef(body));
+}
 
-// One thread or all: a pool of another size would have to be made anew.
-inline int threads_for(int64_t work, int64_t grain) { return work < 2 * grain ? 1 : num_threads(); }
+// While one exists, the calling thread has the pool for itself and its workers stay awake between two calls, for a
+// while: waking a thread costs more than a small product. The workers sleep when it ends.
+class Session {
+public:
+    explicit Session(int threads);
+    ~Session();
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+private:
+    const bool nested_;
+};
+
+bool in_session();
+
+// One thread or all: a pool of another size would have to be made anew. In a session, threads that are awake are worth
+// less work.
+inline int threads_for(int64_t work, int64_t grain) {
+    constexpr int64_t awake = 8;
+    return work < (in_session() ? 2 * grain / awake : 2 * grain) ? 1 : num_threads();
+}
 
 constexpr int kPiecesPerThread = 8;
 

@@ -103,7 +103,7 @@ def packed_linear(
     if native is None:
         return reference.packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, dtype)
     out = torch.empty(q.shape[0], scales.shape[0], dtype=dtype if dtype in NATIVE_FLOATS else torch.float32)
-    matrix = _matrix(native, q.shape[1], codes, scales, tensor_scale, tables, bias, bits, code)
+    matrix = native_matrix(native, q.shape[1], codes, scales, tensor_scale, tables, bias, bits, code)
     native.packed_linear(q.contiguous(), scale.contiguous(), sums.contiguous(), matrix, _bits(out))
     return out.to(dtype)
 
@@ -163,7 +163,7 @@ def linears(
         _contiguous(signs),
         block,
         act_bits,
-        [_matrix(native, cols, *parts, code) for parts in matrices],
+        [native_matrix(native, cols, *parts, code) for parts in matrices],
         [_bits(out) for out in outs],
         _shift(shift),
     )
@@ -200,15 +200,15 @@ def twin_linear(
         _contiguous(signs),
         block,
         act_bits,
-        _matrix(native, cols, *down, None, None, 4, "nibbles"),
-        _matrix(native, cols + rank, *both, None, bias, 4, "nibbles"),
+        native_matrix(native, cols, *down, None, None, 4, "nibbles"),
+        native_matrix(native, cols + rank, *both, None, bias, 4, "nibbles"),
         _bits(out),
         _shift(shift),
     )
     return out.to(x.dtype).view(*x.shape[:-1], scales.shape[0])
 
 
-def _matrix(
+def native_matrix(
     native: ModuleType,
     cols: int,
     codes: torch.Tensor,

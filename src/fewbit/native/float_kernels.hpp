@@ -1,0 +1,170 @@
+// Dense products, norms, gates, rotary positions and writing to the cache, over V = Vectors.
+// Include inside an anonymous namespace only.
+
+// Dot products of R rows with T tokens: one sum per lane over the columns, then over the lanes.
+template <class V, int R, int T>
+inline void dense_tile(const DenseJob& job, int64_t row, int64_t token) {
+    typename V::Floats sums[R][T] = {};
+    const float* x = job.x + token * job.cols;
+    const uint16_t* weight = job.weight + row * job.cols;
+    const int64_t whole = job.cols / V::lanes * V::lanes;
+    for (int64_t col = 0; col < whole; col += V::lanes) {
+        typename V::Floats inputs[T];
+        for (int t = 0; t < T; ++t) inputs[t] = V::load(x + t * job.cols + col);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            __builtin_prefetch(weight + r * job.cols + col + 512);
+            const auto w = V::load(weight + r * job.cols + col);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) sums[r][t] = w * inputs[t] + sums[r][t];
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) {
+            float sum = V::sum(sums[r][t]);
+            for (int64_t col = whole; col < job.cols; ++col) {
+                const uint32_t bits = static_cast<uint32_t>(weight[r * job.cols + col]) << 16;
+                float w;
+                __builtin_memcpy(&w, &bits, 4);
+                sum = w * x[t * job.cols + col] + sum;
+            }
+            job.out[(token + t) * job.rows + row + r] = job.bias ? sum + job.bias[row + r] : sum;
+        }
+}
+
+template <class V, int R>
+inline void dense_rows(const DenseJob& job, int64_t row) {
+    constexpr int T = 4;
+    int64_t token = 0;
+    for (; token + T <= job.tokens; token += T) dense_tile<V, R, T>(job, row, token);
+    for (; token < job.tokens; ++token) dense_tile<V, R, 1>(job, row, token);
+}
+
+template <class V>
+void dense(const DenseJob& job, int64_t unit) {
+    const int64_t end = (unit + 1) * kDenseRows < job.rows ? (unit + 1) * kDenseRows : job.rows;
+    int64_t row = unit * kDenseRows;
+    if (job.tokens < 4)
+        for (; row + 8 <= end; row += 8) dense_rows<V, 8>(job, row);
+    for (; row + 4 <= end; row += 4) dense_rows<V, 4>(job, row);
+    for (; row < end; ++row) dense_rows<V, 1>(job, row);
+}
+
+// The sum of squares in vectors, the rest one by one.
+template <class V>
+inline float inverse_rms(const float* x, float eps, int64_t cols) {
+    typename V::Floats squares{};
+    const int64_t whole = cols / V::lanes * V::lanes;
+    for (int64_t col = 0; col < whole; col += V::lanes) {
+        const auto v = V::load(x + col);
+        squares = v * v + squares;
+    }
+    float sum = V::sum(squares);
+    for (int64_t col = whole; col < cols; ++col) sum = x[col] * x[col] + sum;
+    return 1.0f / __builtin_sqrtf(sum / static_cast<float>(cols) + eps);
+}
+
+template <class V>
+void rms_norm(const float* x, const float* weight, float eps, int64_t cols, float* out) {
+    const float factor = inverse_rms<V>(x, eps, cols);
+    for (int64_t col = 0; col < cols; ++col) out[col] = x[col] * factor * weight[col];
+}
+
+template <class V>
+void add(float* x, const float* y, int64_t cols) {
+    for (int64_t col = 0; col < cols; ++col) x[col] += y[col];
+}
+
+template <class V>
+void gate(const float* gate, const float* up, Prologue activation, int64_t cols, float* out) {
+    for (int64_t col = 0; col < cols; col += V::lanes) {
+        const int count = cols - col < V::lanes ? static_cast<int>(cols - col) : V::lanes;
+        float lane[V::lanes] = {};
+        __builtin_memcpy(lane, gate + col, static_cast<size_t>(count) * 4);
+        const auto g = V::load(lane);
+        auto t = g;
+        if (activation == Prologue::gelu_tanh) t = g * (g * g * 0.0713548139f + 1.59576917f);
+        const auto below = t < -80.0f ? V::broadcast(-80.0f) : t;  // where exp(-t) is infinite the result is 0
+        V::store(lane, g / (V::exp(-below) + 1.0f));
+        for (int i = 0; i < count; ++i) out[col + i] = lane[i] * up[col + i];
+    }
+}
+
+// The orthonormal Walsh-Hadamard transform of a head, in blocks of the largest power of two that divides it.
+inline void rotate_head(float* x, int dim) {
+    const int block = dim & -dim;
+    const float norm = 1.0f / __builtin_sqrtf(static_cast<float>(block));
+    for (int first = 0; first < dim; first += block)
+        for (int half = 1; half < block; half *= 2)
+            for (int i = first; i < first + block; i += 2 * half)
+                for (int j = i; j < i + half; ++j) {
+                    const float low = x[j], high = x[j + half];
+                    x[j] = low + high;
+                    x[j + half] = low - high;
+                }
+    for (int i = 0; i < dim; ++i) x[i] *= norm;
+}
+
+template <class V>
+inline void turn_heads(float* x, int heads, const RopeJob& job, const float* norm, float scale) {
+    const int half = job.dim / 2;
+    for (int h = 0; h < heads; ++h, x += job.dim) {
+        if (norm) rms_norm<V>(x, norm, job.eps, job.dim, x);
+        for (int i = 0; i < half; ++i) {
+            const float a = x[i], b = x[i + half], c = job.cosines[i], s = job.sines[i];
+            x[i] = (a * c - b * s) * scale;
+            x[i + half] = (b * c + a * s) * scale;
+        }
+    }
+}
+
+// A head to 8 bits; returns its scale.
+inline float quantize_head(const float* x, int dim, int8_t* q) {
+    float largest = 0.0f;
+    for (int i = 0; i < dim; ++i) {
+        const float magnitude = __builtin_fabsf(x[i]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < dim; ++i) q[i] = static_cast<int8_t>(__builtin_lrintf(x[i] * inverse));
+    return largest > kSmallest ? largest / 127.0f : 0.0f;
+}
+
+template <class T>
+inline void write_key(const T* key, int dim, int64_t position, T* keys) {
+    T* to = keys + position / kCacheChunk * dim * kCacheChunk + position % kCacheChunk;
+    for (int i = 0; i < dim; ++i) to[i * kCacheChunk] = key[i];
+}
+
+template <class V>
+inline void write_head(const RopeJob& job, const CacheHead& cache, float* k, float* v) {
+    const int dim = job.dim;
+    if (job.type == CacheType::float32) {
+        write_key(k, dim, job.position, static_cast<float*>(cache.keys));
+        __builtin_memcpy(static_cast<float*>(cache.values) + job.position * dim, v, static_cast<size_t>(dim) * 4);
+    } else if (job.type == CacheType::bf16) {
+        uint16_t key[kMaxHead];
+        uint16_t* value = static_cast<uint16_t*>(cache.values) + job.position * dim;
+        for (int i = 0; i < dim; i += V::lanes) {
+            V::store(key + i, V::load(k + i));
+            V::store(value + i, V::load(v + i));
+        }
+        write_key(key, dim, job.position, static_cast<uint16_t*>(cache.keys));
+    } else {
+        int8_t key[kMaxHead];
+        rotate_head(k, dim);
+        rotate_head(v, dim);
+        cache.key_scales[job.position] = quantize_head(k, dim, key);
+        cache.value_scales[job.position] = quantize_head(v, dim, static_cast<int8_t*>(cache.values) + job.position * dim);
+        write_key(key, dim, job.position, static_cast<int8_t*>(cache.keys));
+    }
+}
+
+template <class V>
+void rope(const RopeJob& job) {
+    turn_heads<V>(job.q, job.heads, job, job.q_norm, job.scale);
+    turn_heads<V>(job.k, job.kv_heads, job, job.k_norm, 1.0f);
+    if (job.type == CacheType::int8)
+        for (int h = 0; h < job.heads; ++h) rotate_head(job.q + h * job.dim, job.dim);
+    for (int h = 0; h < job.kv_heads; ++h) write_head<V>(job, job.cache[h], job.k + h * job.dim, job.v + h * job.dim);
+}

@@ -1,0 +1,110 @@
+// Kernels in floating point: dense products, norms, rotary positions, the cache and attention, once per instruction set.
+// Nothing here allocates, throws or knows about Python; jobs are checked before they get here.
+//
+// A token's results do not depend on what else is computed with it: every sum runs in an order that its own position
+// decides. Between instruction sets they may differ by rounding, because sums run over as many lanes as there are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "rotate.hpp"
+
+namespace fewbit {
+
+constexpr int kCacheChunk = 64;                   // positions whose keys stand side by side
+constexpr int64_t kSegment = 512;                 // positions that are reduced by themselves, a multiple of the chunk
+constexpr int kMaxHead = 256;                     // size of a head, a multiple of kHeadUnit
+constexpr int kHeadUnit = 16;
+constexpr int kQueryRows = 32;                    // queries (tokens times heads of one key) of a tile, at most
+
+// How keys and values are kept. int8 ones are rotated head by head and have a scale per position.
+enum class CacheType { bf16, int8, float32 };
+
+inline size_t bytes_of(CacheType type) { return type == CacheType::bf16 ? 2 : type == CacheType::int8 ? 1 : 4; }
+
+// Keys and values of one head of one sequence; scales are null unless they are int8.
+struct CacheHead {
+    void* keys;                                   // [context / kCacheChunk, dim, kCacheChunk]
+    void* values;                                 // [context, dim]
+    float* key_scales;                            // [context]
+    float* value_scales;
+};
+
+// out = x W^T + bias with W bfloat16 as its bits.
+struct DenseJob {
+    const float* x;                               // [tokens, cols]
+    const uint16_t* weight;                       // [rows, cols]
+    const float* bias;                            // [rows] or null
+    float* out;                                   // [tokens, rows]
+    int64_t tokens, rows, cols;
+};
+constexpr int kDenseRows = 16;                    // rows of a unit of work
+
+// One token: norms of its heads' queries and keys if there are any, rotary positions, and its key and value written.
+struct RopeJob {
+    float* q;                                     // [heads, dim], changed in place
+    float* k;                                     // [kv heads, dim], changed in place
+    float* v;                                     // [kv heads, dim], changed in place
+    int heads, kv_heads, dim;
+    const float* q_norm;                          // [dim] or null
+    const float* k_norm;
+    float eps;
+    const float* cosines;                         // [dim / 2], of the token's position
+    const float* sines;
+    float scale;                                  // of the queries
+    CacheType type;
+    const CacheHead* cache;                       // [kv heads]
+    int64_t position;
+};
+
+// Queries of one tile and one key head against the segments [first, last) of the cache.
+struct AttentionJob {
+    const float* q;                               // [tokens, heads, dim], scaled
+    float* out;                                   // [tokens, heads, dim]; null: the state goes to `partial`
+    float* partial;                               // [tokens * group, dim + 2]
+    const int32_t* positions;                     // [tokens], ascending
+    int tokens, heads, group, dim;                // group: heads of one key head, tokens * group <= kQueryRows
+    int head;                                     // the first of them
+    int64_t window;                               // positions that a token sees, its own included
+    CacheType type;
+    CacheHead cache;
+    int64_t first, last;
+};
+
+// What a thread needs while it attends.
+struct alignas(64) AttentionScratch {
+    float keys[kMaxHead * kCacheChunk];
+    float values[kMaxHead * kCacheChunk];
+    float scores[kQueryRows * kCacheChunk];
+    float outputs[kQueryRows * kMaxHead];
+    float folded[kQueryRows * kMaxHead];
+    float most[kQueryRows], sum[kQueryRows], folded_most[kQueryRows], folded_sum[kQueryRows];
+};
+
+struct FloatKernels {
+    void (*dense)(const DenseJob& job, int64_t unit);
+    // out = x / sqrt(mean(x^2) + eps) * weight for one token.
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t cols, float* out);
+    // x += y
+    void (*add)(float* x, const float* y, int64_t cols);
+    // out = activation(gate) * up
+    void (*gate)(const float* gate, const float* up, Prologue activation, int64_t cols, float* out);
+    void (*rope)(const RopeJob& job);
+    void (*attend)(const AttentionJob& job, AttentionScratch& scratch);
+    // Folds `count` states [tokens * group, dim + 2], one after the other, `stride` floats apart, into job.out.
+    void (*fold)(const AttentionJob& job, const float* states, int64_t stride, int64_t count, AttentionScratch& scratch);
+};
+
+extern const FloatKernels kPortableFloats;
+#ifdef FEWBIT_HAVE_AVX2
+extern const FloatKernels kAvx2Floats;
+#endif
+#ifdef FEWBIT_HAVE_AVX512
+extern const FloatKernels kAvx512Floats;
+#endif
+
+// Those of the instruction set in use.
+const FloatKernels& float_kernels();
+
+}  // namespace fewbit

@@ -1,0 +1,19 @@
+// AVX2 with fused multiply-add: eight floats per register.
+#include "floats.hpp"
+
+#include <type_traits>
+
+namespace fewbit {
+namespace {
+
+constexpr int kLanes = 8;
+
+#include "float_vectors.hpp"
+#include "float_kernels.hpp"
+#include "attention.hpp"
+
+}  // namespace
+
+const FloatKernels kAvx2Floats = float_kernels_of<Vectors>();
+
+}  // namespace fewbit

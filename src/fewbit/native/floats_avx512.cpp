@@ -1,0 +1,19 @@
+// AVX-512: sixteen floats per register.
+#include "floats.hpp"
+
+#include <type_traits>
+
+namespace fewbit {
+namespace {
+
+constexpr int kLanes = 16;
+
+#include "float_vectors.hpp"
+#include "float_kernels.hpp"
+#include "attention.hpp"
+
+}  // namespace
+
+const FloatKernels kAvx512Floats = float_kernels_of<Vectors>();
+
+}  // namespace fewbit

@@ -1,0 +1,19 @@
+// Plain C++ for every machine: compilers turn four floats into whatever vectors they have.
+#include "floats.hpp"
+
+#include <type_traits>
+
+namespace fewbit {
+namespace {
+
+constexpr int kLanes = 4;
+
+#include "float_vectors.hpp"
+#include "float_kernels.hpp"
+#include "attention.hpp"
+
+}  // namespace
+
+const FloatKernels kPortableFloats = float_kernels_of<Vectors>();
+
+}  // namespace fewbit

@@ -1,0 +1,1 @@
+"""The fast decoder: models as lists of native steps, and what serves requests with them."""

@@ -1,0 +1,137 @@
+"""Decoders: what they offer, the one that runs native programs, and how a model's decoder is opened.
+
+A decoder holds a model and a cache of keys and values in slots, one sequence each. Positions are the caller's: a token
+at (slot, p) writes its key and value at p and sees positions 0 to p of its slot, so that writing again at a lower
+position is all it takes to drop tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fewbit.errors import UsageError
+from fewbit.ops.extension import load_native
+from fewbit.runtime.batch import Batch
+
+KV_TYPES = ("bf16", "int8", "float32")
+USUAL_CONTEXT = 4096
+
+
+class Decoder(Protocol):
+    """A model with a cache of `slots` sequences of up to `context` positions.
+
+    `block` is the most tokens of one forward, `vocabulary` the width of the logits and `eos` what ends a text.
+    A token's result does not depend on what else is in its batch.
+    """
+
+    vocabulary: int
+    context: int
+    slots: int
+    block: int
+    eos: tuple[int, ...]
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits float32 `[W, vocabulary]` of the wanted tokens, valid until the next forward."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot's cache to another's."""
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+
+
+class NativeDecoder:
+    """A decoder that runs a program of native steps."""
+
+    def __init__(self, program: Any, *, vocabulary: int, context: int, slots: int, block: int, eos: tuple[int, ...]):
+        self._program = program
+        self.vocabulary = vocabulary
+        self.context = context
+        self.slots = slots
+        self.block = block
+        self.eos = eos
+        self._logits = torch.empty(1, vocabulary)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """See `Decoder.forward`; `ValueError` for tokens, positions or slots that there are not."""
+        if self._program is None:
+            raise UsageError("the decoder is closed; open the model again")
+        wanted = batch.wanted.numel()
+        if wanted > self._logits.shape[0]:
+            self._logits = torch.empty(wanted, self.vocabulary)
+        logits = self._logits[:wanted]
+        self._program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
+        return logits
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._program.copy(source, target, length)
+
+    def close(self) -> None:
+        self._program = None
+
+
+def open_decoder(
+    path: str | Path,
+    *,
+    slots: int = 1,
+    context: int | None = None,
+    block: int = 256,
+    threads: int | None = None,
+    kv: str = "bf16",
+    fallback: bool = True,
+) -> tuple[Decoder, Any]:
+    """A model's decoder and its tokenizer (None where the model has none).
+
+    `path` is a fewbit checkpoint, a Hugging Face directory, a `.gguf` file or a hub id. `context` is by default the
+    model's own, at most 4096; `kv` how the cache is kept: bf16, int8 (rotated, with a scale per position and head) or
+    float32 (for comparisons). A model that native steps do not cover runs in transformers, with a message on stderr, or
+    raises `CannotLower` without `fallback`. Raises `UsageError` for arguments that do not fit.
+    """
+    from fewbit.runtime.program import Lowering, Sizes, check_sizes
+    from fewbit.runtime.weights import CannotLower, open_weights
+
+    if kv not in KV_TYPES:
+        raise UsageError(f"the cache is kept as {', '.join(KV_TYPES)}, not {kv}")
+    native = load_native()
+    try:
+        if native is None:
+            raise CannotLower("the native extension is missing")
+        weights = open_weights(native, path)
+        most = weights.config.max_position_embeddings
+        sizes = Sizes(slots, context or min(most, USUAL_CONTEXT), block, threads or 0, kv)
+        check_sizes(sizes, most)
+        lowering = Lowering(native, weights, sizes)
+        decoder = NativeDecoder(
+            lowering.build(),
+            vocabulary=lowering.shape.vocabulary,
+            context=sizes.context,
+            slots=slots,
+            block=block,
+            eos=ending_tokens(path, weights.config),
+        )
+    except CannotLower as reason:
+        if not fallback:
+            raise
+        from fewbit.console import stderr
+        from fewbit.loading import load_any
+        from fewbit.runtime.torch_decoder import TorchDecoder
+
+        stderr.print(f"{reason}; running in transformers, which is much slower")
+        model, tokenizer = load_any(path)
+        return TorchDecoder(model, slots, context, block), tokenizer
+    return decoder, weights.tokenizer()
+
+
+def ending_tokens(path: str | Path, config: Any) -> tuple[int, ...]:
+    """The tokens that end a text, of the generation configuration if there is one and else of the model's."""
+    found = getattr(config, "eos_token_id", None)
+    file = Path(path) / "generation_config.json"
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", found)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (found,)

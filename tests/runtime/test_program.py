@@ -1,0 +1,220 @@
+"""Native programs against transformers and fewbit.load: the same logits, whatever is computed together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewbit.errors import UsageError
+from fewbit.loading import load_any
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.run import quantize
+from fewbit.runtime.batch import Batch
+from fewbit.runtime.decoder import open_decoder
+from fewbit.runtime.weights import CannotLower
+
+SUMMATION = 2e-5  # float32 cache: what two orders of summation leave
+FLIPPED = 5e-3  # where that decides how an input is rounded to 8 bits, which few tokens may meet
+ROUNDED = {"bf16": 0.03, "int8": 0.06}  # of logits whose standard deviation is about 0.2
+TEXT = (torch.arange(100) * 7) % 90 + 3
+
+FAMILIES = {
+    "llama": ("llama", True, {}),
+    "llama-3": (
+        "llama",
+        False,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama-yarn": (
+        "llama",
+        False,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": ("mistral", False, {"sliding_window": 24}),
+    "qwen2": ("qwen2", False, {}),
+    "qwen2-window": ("qwen2", False, {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("qwen3", True, {}),
+}
+TWIN = QuantizeOptions(format="twinquant", rounding="nearest", rank=32, act_bits=8)
+STORED = {
+    "plain": None,
+    "trellis": QuantizeOptions(rounding="nearest"),
+    "trellis-4": QuantizeOptions(rounding="nearest", bits=4),
+    "twinquant": TWIN,
+}
+
+
+def integers(values) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.int32)
+
+
+def batch(*pieces: tuple[int, int, torch.Tensor]) -> Batch:
+    """A batch of (slot, first position, tokens) that wants all logits."""
+    tokens = torch.cat([piece for _, _, piece in pieces])
+    positions = torch.cat([first + torch.arange(len(piece)) for _, first, piece in pieces])
+    slots = torch.cat([torch.full_like(piece, slot) for slot, _, piece in pieces])
+    return Batch(integers(tokens), integers(positions), integers(slots), integers(torch.arange(len(tokens))))
+
+
+def logits_of(decoder, *pieces) -> torch.Tensor:
+    return decoder.forward(batch(*pieces)).clone()
+
+
+@pytest.fixture(scope="module")
+def models(make_tiny, add_tokenizer, tmp_path_factory):
+    """A function from family and storage to the directory of a model."""
+    root = tmp_path_factory.mktemp("programs")
+
+    def make(family: str, stored: str):
+        plain = root / family
+        if not plain.exists():
+            kind, tied, changes = FAMILIES[family]
+            make_tiny(kind, tied, **changes).save_pretrained(plain)
+            add_tokenizer(plain)
+        options = STORED[stored]
+        if options is None:
+            return plain
+        out = root / f"{family}-{stored}"
+        if not out.exists():
+            quantize(plain, out, options)
+        return out
+
+    return make
+
+
+@torch.inference_mode()
+def expected(path, stored: str) -> torch.Tensor:
+    """transformers' logits in float32; weights that stay plain are rounded to bfloat16 first, as the decoder does."""
+    if stored == "plain":
+        return load_any(path, torch.bfloat16)[0].float()(TEXT[None]).logits[0]
+    return load_any(path, torch.float32)[0](TEXT[None]).logits[0]
+
+
+CASES = [(family, stored) for family in FAMILIES for stored in ("plain", "trellis")]
+CASES += [("llama", "trellis-4"), ("llama", "twinquant"), ("qwen2", "twinquant")]
+
+
+@pytest.mark.parametrize(("family", "stored"), CASES)
+def test_logits_equal_those_of_transformers(models, family, stored):
+    path = models(family, stored)
+    wanted = expected(path, stored)
+    decoder, tokenizer = open_decoder(path, kv="float32", fallback=False)
+    assert tokenizer is not None
+    far = (logits_of(decoder, (0, 0, TEXT)) - wanted).abs().amax(1)
+    assert far.max() < (SUMMATION if stored == "plain" else FLIPPED)
+    assert far.quantile(0.8) < SUMMATION
+    for kv, bound in ROUNDED.items():
+        decoder, _ = open_decoder(path, kv=kv, fallback=False)
+        torch.testing.assert_close(logits_of(decoder, (0, 0, TEXT)), wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8", "float32"])
+@pytest.mark.parametrize(("family", "stored"), [("llama", "trellis"), ("mistral", "plain"), ("qwen2", "twinquant")])
+def test_a_prompt_gives_the_same_bits_however_it_is_cut(models, family, stored, kv):
+    decoder, _ = open_decoder(models(family, stored), kv=kv, slots=4, fallback=False)
+    whole = logits_of(decoder, (0, 0, TEXT))
+    for slot, sizes in ((1, [1] * 100), (2, [33, 1, 40, 26]), (3, [7] * 14 + [2])):
+        at, found = 0, []
+        for size in sizes:
+            found.append(logits_of(decoder, (slot, at, TEXT[at : at + size])))
+            at += size
+        assert torch.equal(torch.cat(found), whole)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sequences_in_one_batch_get_what_they_get_alone(models, threads):
+    decoder, _ = open_decoder(models("qwen2", "trellis"), slots=6, threads=threads, fallback=False)
+    texts = {slot: TEXT.roll(11 * slot)[: 20 + 15 * slot] for slot in range(3)}
+    alone = {slot: logits_of(decoder, (slot, 0, text)) for slot, text in texts.items()}
+    # The first sequence decodes its last token while the others read a piece of their prompts.
+    cuts = {0: 19, 1: 30, 2: 2}
+    for slot, text in texts.items():
+        logits_of(decoder, (3 + slot, 0, text[: cuts[slot]]))
+    together = logits_of(decoder, *((3 + slot, cuts[slot], text[cuts[slot] :]) for slot, text in texts.items()))
+    assert torch.equal(together, torch.cat([alone[slot][cuts[slot] :] for slot in texts]))
+
+
+def test_threads_do_not_change_results(models):
+    path = models("mistral", "trellis")
+    one, _ = open_decoder(path, threads=1, fallback=False)
+    three, _ = open_decoder(path, threads=3, fallback=False)
+    assert torch.equal(logits_of(one, (0, 0, TEXT)), logits_of(three, (0, 0, TEXT)))
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_a_copied_prefix_continues_like_its_source(models, kv):
+    decoder, _ = open_decoder(models("llama", "trellis"), kv=kv, slots=2, fallback=False)
+    whole = logits_of(decoder, (0, 0, TEXT))
+    logits_of(decoder, (1, 0, TEXT.flip(0)))
+    decoder.copy(0, 1, 70)
+    assert torch.equal(logits_of(decoder, (1, 70, TEXT[70:])), whole[70:])
+
+
+def test_writing_at_a_lower_position_drops_what_stood_there(models):
+    decoder, _ = open_decoder(models("llama", "trellis"), fallback=False)
+    whole = logits_of(decoder, (0, 0, TEXT))
+    logits_of(decoder, (0, 40, TEXT.flip(0)[:30]))
+    assert torch.equal(logits_of(decoder, (0, 40, TEXT[40:])), whole[40:])
+
+
+def test_only_wanted_logits_come_out(models):
+    decoder, _ = open_decoder(models("llama", "trellis"), fallback=False)
+    whole = logits_of(decoder, (0, 0, TEXT))
+    everything = batch((0, 0, TEXT))
+    some = Batch(everything.tokens, everything.positions, everything.slots, integers([3, 50, 99]))
+    assert torch.equal(decoder.forward(some), whole[[3, 50, 99]])
+    none = Batch(everything.tokens, everything.positions, everything.slots, integers([]))
+    assert decoder.forward(none).shape == (0, decoder.vocabulary)
+
+
+def test_a_long_cache_is_attended_in_segments_with_the_same_bits(make_tiny, tmp_path):
+    make_tiny("llama", max_position_embeddings=2048).save_pretrained(tmp_path)
+    text = (torch.arange(1500) * 11) % 90 + 3
+    one, _ = open_decoder(tmp_path, threads=1, block=1500, context=2048, fallback=False)
+    many, _ = open_decoder(tmp_path, threads=4, block=1500, context=2048, fallback=False)
+    whole = logits_of(one, (0, 0, text))
+    assert torch.equal(logits_of(many, (0, 0, text)), whole)
+    for at in range(1490, 1500):
+        assert torch.equal(logits_of(many, (0, at, text[at : at + 1])), whole[at : at + 1])
+
+
+def test_arguments_that_do_not_fit_are_refused(models):
+    path = models("llama", "trellis")
+    with pytest.raises(UsageError, match="128 positions"):
+        open_decoder(path, context=129)
+    with pytest.raises(UsageError, match="bf16, int8"):
+        open_decoder(path, kv="fp8")
+    decoder, _ = open_decoder(path, block=8, fallback=False)
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        logits_of(decoder, (0, 0, TEXT[:9]))
+    with pytest.raises(ValueError, match="outside of the context"):
+        logits_of(decoder, (0, 128, TEXT[:1]))
+    with pytest.raises(ValueError, match="no slot 1"):
+        logits_of(decoder, (1, 0, TEXT[:1]))
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        logits_of(decoder, (0, 0, torch.tensor([96])))
+    decoder.close()
+    with pytest.raises(UsageError, match="closed"):
+        logits_of(decoder, (0, 0, TEXT[:1]))
+
+
+def test_a_family_without_steps_is_named(make_tiny, tmp_path):
+    make_tiny("olmo2").save_pretrained(tmp_path)
+    with pytest.raises(CannotLower, match="'olmo2'"):
+        open_decoder(tmp_path, fallback=False)
