@@ -42,6 +42,7 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Piece | ApiError | None]] = asyncio.Queue()
         self._requests: list[Any] = []
         self._pumps: list[asyncio.Task[None]] = []
+        self._getting: asyncio.Future[tuple[int, Piece | ApiError | None]] | None = None
         self._choices = 1
 
     @property
@@ -96,12 +97,11 @@ class Generation:
         while len(ended) < len(clocks):
             if self.time_left <= 0:
                 raise timed_out(self._limit)
-            wait = self.time_left if idle is None else min(idle, self.time_left)
-            try:
-                index, event = await asyncio.wait_for(self._events.get(), wait)
-            except asyncio.TimeoutError:
+            arrived = await self._next(self.time_left if idle is None else min(idle, self.time_left))
+            if arrived is None:
                 yield None
                 continue
+            index, event = arrived
             if isinstance(event, ApiError):
                 raise event
             if event is None:
@@ -110,12 +110,26 @@ class Generation:
             clocks[index].tokens(len(event.token_ids))
             yield index, event
 
+    async def _next(self, seconds: float) -> tuple[int, Piece | ApiError | None] | None:
+        """The next event, None if there is none for so long.
+
+        Not `asyncio.wait_for`, which before Python 3.12 may swallow a cancellation that comes together with an event.
+        """
+        if self._getting is None:
+            self._getting = asyncio.ensure_future(self._events.get())
+        await asyncio.wait({self._getting}, timeout=seconds)
+        if not self._getting.done():
+            return None
+        getting, self._getting = self._getting, None
+        return getting.result()
+
     def close(self) -> None:
         """Free the slots and the places in the queue; does nothing the second time."""
         for request in self._requests:
             request.cancel()
-        for pump in self._pumps:
-            pump.cancel()
+        for task in (*self._pumps, self._getting):
+            if task is not None:
+                task.cancel()
         self._metrics.cached_tokens.inc(sum(request.cached_tokens for request in self._requests))
         self._requests, self._pumps = [], []
         self._admission.leave(self)

@@ -269,6 +269,7 @@ async function answer() {
   running = null;
   message.classList.remove("busy");
   messages.setAttribute("aria-busy", "false");
+  const follow = nearEnd();
   draw();
   if (control.signal.aborted) shown.textContent += `${tokens ? " \u00b7 " : ""}stopped`;
   if (reason === "length") shown.textContent += " \u00b7 the limit of tokens was reached";
@@ -285,7 +286,7 @@ async function answer() {
     message.insertBefore(error, foot);
   }
   update();
-  toEnd();
+  if (follow) toEnd();
 }
 
 function retry(message, content) {
