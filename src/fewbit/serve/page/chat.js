@@ -273,13 +273,13 @@ async function answer() {
   draw();
   if (control.signal.aborted) shown.textContent += `${tokens ? " \u00b7 " : ""}stopped`;
   if (reason === "length") shown.textContent += " \u00b7 the limit of tokens was reached";
+  const again = button("Try again", () => retry(message, content));
+  again.classList.add("again");
+  foot.prepend(again);
   if (content) {
     turns.push({ role: "assistant", content });
     foot.prepend(button("Copy", (element) => copy(content, element)));
   }
-  const again = button("Try again", () => retry(message, content));
-  again.classList.add("again");
-  foot.prepend(again);
   if (problem) {
     const error = make("div", "error", `${problem[0].toUpperCase()}${problem.slice(1)}.`);
     error.setAttribute("role", "alert");
