@@ -1,7 +1,7 @@
 """fewbit compresses language models to 3 and 4 bits and runs them fast.
 
-`fewbit.quantize` makes a checkpoint, `fewbit.load` gives it back as a transformers model. Importing
-the package makes transformers know the format.
+`fewbit.quantize` makes a checkpoint, `fewbit.Engine` generates text with it, and `fewbit.load` gives it back as a
+transformers model. Importing the package makes transformers know the format.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from fewbit.loading import load
     from fewbit.pipeline.options import QuantizeOptions
     from fewbit.pipeline.run import quantize
+    from fewbit.runtime.engine import Engine
+    from fewbit.runtime.sampling import SamplingParams
 
 _PUBLIC = {
     "load": "fewbit.loading",
     "quantize": "fewbit.pipeline.run",
     "QuantizeOptions": "fewbit.pipeline.options",
+    "Engine": "fewbit.runtime.engine",
+    "SamplingParams": "fewbit.runtime.sampling",
 }
 
-__all__ = ["QuantizeOptions", "__version__", "load", "quantize"]
+__all__ = ["Engine", "QuantizeOptions", "SamplingParams", "__version__", "load", "quantize"]
 
 register_with_transformers()
 

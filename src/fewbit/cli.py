@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbit import __version__
+from fewbit import __version__, cli_run
 from fewbit import cli_options as o
 from fewbit.console import (
     bits_table,
@@ -42,7 +42,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="A fewbit checkpoint directory.")]
 
 
@@ -73,7 +72,7 @@ def quantize(
     workers: o.Workers = None,
     work_dir: o.WorkDir = None,
     fresh: o.Fresh = False,
-    json_: Json = False,
+    json_: o.Json = False,
 ) -> None:
     """Compress MODEL into the directory OUT. An interrupted run continues where it stopped."""
     from fewbit.pipeline.options import QuantizeOptions, ablated
@@ -172,7 +171,7 @@ def _default_calibration() -> list[str]:
 
 
 @app.command()
-def inspect(path: Checkpoint, json_: Json = False) -> None:
+def inspect(path: Checkpoint, json_: o.Json = False) -> None:
     """Show what a checkpoint holds: every tensor with its bits and its error."""
     from fewbit.checkpoint.artifact import Artifact
 
@@ -201,7 +200,7 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="The model it was made from: also compare every error with the recorded one.")
     ] = None,
-    json_: Json = False,
+    json_: o.Json = False,
 ) -> None:
     """Check every tensor of a checkpoint: present, of the right shape, unchanged, decodable."""
     from fewbit.checkpoint.artifact import Artifact
@@ -231,13 +230,13 @@ def verify(
 
 @app.command("eval")
 def eval_(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A fewbit checkpoint, or any model quantize takes.")],
+    path: o.AnyModel,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: held-out Wikipedia text, fetched.")] = None,
     reference: Annotated[str | None, typer.Option(help="The full model, for divergence and agreement.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate.")] = 20480,
     dtype: Annotated[str, typer.Option(help="Activations: bfloat16 or float32.")] = "bfloat16",
-    json_: Json = False,
+    json_: o.Json = False,
 ) -> None:
     """Perplexity of a model on a text, and its divergence from a reference model."""
     from fewbit.evaluate import evaluate
@@ -300,44 +299,16 @@ def _load(path: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
     return load_any(path, getattr(torch, dtype))
 
 
-@app.command()
-def generate(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A fewbit checkpoint, or any model quantize takes.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
-    json_: Json = False,
-) -> None:
-    """Continue a prompt, streaming the text as it comes."""
-    from fewbit.generation import stream_text
-
-    if max_tokens < 1:
-        raise UsageError("--max-tokens must be at least 1")
-    model, tokenizer = _load(path)
-    result = stream_text(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        on_text=(lambda piece: None) if json_ else lambda piece: print(piece, end="", flush=True),
-    )
-    if json_:
-        print_json(result.to_json())
-        return
-    print()
-    stderr.print(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s")
+app.command()(cli_run.generate)
+app.command()(cli_run.chat)
+app.command()(cli_run.bench)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the checkpoints and the page go.")] = Path("fewbit-demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Quantize again even if the checkpoints are there.")] = False,
-    json_: Json = False,
+    json_: o.Json = False,
 ) -> None:
     """A tour on a real 135M model: fetch, plan, compress to 3 bits, measure, generate, draw."""
     from fewbit.demo import run_demo
@@ -348,7 +319,7 @@ def demo(
 
 
 @app.command()
-def info(json_: Json = False) -> None:
+def info(json_: o.Json = False) -> None:
     """Show versions, the instruction sets in use and the known formats and families."""
     from fewbit.environment import environment
 

@@ -1,4 +1,4 @@
-"""The options of `fewbit quantize`, one type each, so that the verb itself reads as a list."""
+"""The options of `fewbit quantize` and of the verbs that run a model, one type each, so that verbs read as lists."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 PLACE, CALIBRATION, TUNING, TWIN = "Where and how", "Calibration", "Tuning", "TwinQuant"
+SAMPLING, ENGINE = "Sampling", "Engine"
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file.")]
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears when everything is complete.")]
@@ -98,4 +99,43 @@ WorkDir = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start again, and replace an existing output.", rich_help_panel=PLACE)
+]
+
+AnyModel = Annotated[str, typer.Argument(metavar="PATH", help="A fewbit checkpoint, or any model quantize takes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.", rich_help_panel=SAMPLING)]
+TopK = Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: all.", rich_help_panel=SAMPLING)]
+TopP = Annotated[
+    float, typer.Option(help="Draw from the likeliest tokens that hold this probability.", rich_help_panel=SAMPLING)
+]
+MinP = Annotated[
+    float,
+    typer.Option(help="Leave out tokens less likely than this times the likeliest.", rich_help_panel=SAMPLING),
+]
+Penalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty", help="Above 1: tokens seen before become less likely.", rich_help_panel=SAMPLING
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the sampling. Default: another each time.", rich_help_panel=SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="End where this text comes; repeatable.", rich_help_panel=SAMPLING)
+]
+Threads = Annotated[int | None, typer.Option(help="Threads. Default: one per core.", rich_help_panel=ENGINE)]
+Kv = Annotated[str, typer.Option(help="The cache of keys and values: bf16 or int8.", rich_help_panel=ENGINE)]
+Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens of prompt and answer. Default: the model's own, 4096 at most.", rich_help_panel=ENGINE),
+]
+Draft = Annotated[
+    int,
+    typer.Option(
+        help="Guess up to so many tokens from the text so far and check them together; changes the speed, not the "
+        "answer. 0: none.",
+        rich_help_panel=ENGINE,
+    ),
 ]

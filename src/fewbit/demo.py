@@ -27,13 +27,14 @@ from fewbit.environment import environment
 from fewbit.errors import UsageError
 from fewbit.evaluate import EvalResult, evaluate_many
 from fewbit.formats import group_format
-from fewbit.generation import stream_text
 from fewbit.loading import load, load_any
 from fewbit.math.hadamard import random_signs, rotate
 from fewbit.math.rounding import quantize_rotated
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.run import Placement, prepare, quantize
+from fewbit.runtime.engine import Engine
+from fewbit.runtime.sampling import SamplingParams
 
 PRODUCT = "trellis"
 CONTROLS = ("iq3_s", "ternary")
@@ -123,7 +124,7 @@ def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None 
     with stages.stage("evaluate", "All four read the same held-out text; the full model is the yardstick."):
         scores = _evaluate(models, tokenizer, text.read_text(encoding="utf-8"), settings)
     with stages.stage("generate", "The same prompts for the full model and for the 3-bit one."):
-        texts = _generate({name: models[name] for name in ("full", PRODUCT)}, tokenizer, settings)
+        texts = _generate({"full": model, PRODUCT: paths[PRODUCT]}, settings)
     with stages.stage("look inside", "The layer with the heaviest tails, before and after its rotation."):
         histogram = heaviest_tails(source, plan)
     records = {code: Artifact.open(path) for code, path in paths.items()}
@@ -217,22 +218,26 @@ def _evaluate(models: dict[str, Any], tokenizer: Any, text: str, settings: DemoS
         )
 
 
-def _generate(models: dict[str, Any], tokenizer: Any, settings: DemoSettings) -> list[dict[str, Any]]:
+def _generate(paths: dict[str, Path], settings: DemoSettings) -> list[dict[str, Any]]:
     """Every prompt continued by every model, greedily; a first token beforehand warms each model up."""
-    for model in models.values():
-        stream_text(model, tokenizer, settings.prompts[0][0], max_tokens=1)
-    texts = []
-    for prompt, chat in settings.prompts:
-        answers = {}
-        for name, model in models.items():
-            result = stream_text(model, tokenizer, prompt, max_tokens=settings.gen_tokens, chat=chat)
-            answers[name] = result.to_json()
+    texts: list[dict[str, Any]] = [{"prompt": prompt, "chat": chat, "answers": {}} for prompt, chat in settings.prompts]
+    for name, path in paths.items():
+        with Engine(path, slots=1) as engine:
+            engine.submit(settings.prompts[0][0], SamplingParams(max_tokens=1)).result()
+            for item in texts:
+                prompt = item["prompt"]
+                ids = engine.encode_chat([{"role": "user", "content": prompt}]) if item["chat"] else prompt
+                answer = engine.submit(ids, SamplingParams(max_tokens=settings.gen_tokens)).result()
+                item["answers"][name] = {key: answer.to_json()[key] for key in _ANSWER}
+    for item in texts:
+        for name, answer in item["answers"].items():
+            shown = answer["text"] if item["chat"] else item["prompt"] + answer["text"]
             stderr.print(f"[bold]{name}[/bold]", end="  ")
-            stderr.print(printable(prompt if not chat else result.text), markup=False, end="" if not chat else "\n")
-            if not chat:
-                stderr.print(printable(result.text), markup=False)
-        texts.append({"prompt": prompt, "chat": chat, "answers": answers})
+            stderr.print(printable(shown), markup=False)
     return texts
+
+
+_ANSWER = ("text", "prompt_tokens", "tokens", "seconds_to_first_token", "tokens_per_second")
 
 
 def speeds(texts: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,14 +16,16 @@ import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.models import Experts, find_family
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MAX_HEADER = 100_000_000
 """Bytes that the header of a safetensors or GGUF file may take."""
@@ -212,6 +214,8 @@ class SafetensorsSource(Source):
     def tokenizer(self) -> Any:
         if not any(True for pattern in _TOKENIZER_FILES for _ in self.path.glob(pattern)):
             raise UsageError(f"{self.path}: has no tokenizer files; copy them from the original model")
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
 
     def copy_tokenizer(self, out_dir: str | Path) -> None:
@@ -266,6 +270,8 @@ def strip_quantization(config: PretrainedConfig) -> PretrainedConfig:
 def _load_config(directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory}: has no config.json; a Hugging Face directory holds one beside its weights")
+    from transformers import AutoConfig
+
     try:
         return strip_quantization(AutoConfig.from_pretrained(directory, trust_remote_code=False))
     except (ValueError, OSError, KeyError) as error:

@@ -60,11 +60,11 @@ template <class Body>
 inline void tiles_of_rows(int rows, const Body& body) {
     int row = 0;
     for (; row + kRowTile <= rows; row += kRowTile) body(std::integral_constant<int, kRowTile>(), row);
-    if (rows - row >= 2) {
-        body(std::integral_constant<int, 2>(), row);
-        row += 2;
+    switch (rows - row) {
+        case 3: return body(std::integral_constant<int, 3>(), row);
+        case 2: return body(std::integral_constant<int, 2>(), row);
+        case 1: return body(std::integral_constant<int, 1>(), row);
     }
-    if (row < rows) body(std::integral_constant<int, 1>(), row);
 }
 
 // The positions of a chunk that a token sees: [begin, end) within it.

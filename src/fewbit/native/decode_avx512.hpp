@@ -28,13 +28,41 @@ inline void write_sums(const ProductJob& job, int64_t token, int64_t row_group, 
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(job.out) + at, rows, _mm512_cvtepi32_epi16(half));
 }
 
-// The two 64-entry tables, A + B by a window's six older bits and C + D + origin by its newer ones.
-inline void split_tables(const int8_t* tables, int origin, uint8_t* low, uint8_t* high) {
-    for (int i = 0; i < 64; ++i) {
-        low[i] = static_cast<uint8_t>(tables[i & 15] + tables[16 + (i >> 4)]);
-        high[i] = static_cast<uint8_t>(tables[20 + (i & 3)] + tables[24 + (i >> 2)] + origin);
+// Where entry i of a table finds its parts in 16 bytes: B and C stand one behind the other.
+struct TableOrder {
+    alignas(64) uint8_t b[64] = {}, c[64] = {}, d[64] = {};
+    constexpr TableOrder() {
+        for (int i = 0; i < 64; ++i) {
+            b[i] = static_cast<uint8_t>(i >> 4);
+            c[i] = static_cast<uint8_t>(4 + (i & 3));
+            d[i] = static_cast<uint8_t>(i >> 2);
+        }
     }
-}
+};
+
+alignas(64) constexpr TableOrder kTableOrder;
+
+// The two 64-entry tables, A + B by a window's six older bits and C + D + origin by its newer ones.
+struct SplitTables {
+    __m512i low, high;
+
+    SplitTables(const int8_t* tables, int origin) {
+        const __m512i a = broadcast16(tables);
+        __m512i d = broadcast16(tables + 24);
+        long long both;
+        __builtin_memcpy(&both, tables + 16, 8);
+        const __m512i b_c = _mm512_set1_epi64(both);
+        d = _mm512_shuffle_epi8(d, _mm512_load_si512(kTableOrder.d));
+        low = _mm512_add_epi8(a, _mm512_shuffle_epi8(b_c, _mm512_load_si512(kTableOrder.b)));
+        high = _mm512_add_epi8(_mm512_shuffle_epi8(b_c, _mm512_load_si512(kTableOrder.c)), d);
+        high = _mm512_add_epi8(high, _mm512_set1_epi8(static_cast<char>(origin)));
+    }
+
+private:
+    static __m512i broadcast16(const int8_t* from) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+};
 
 // Trellis weights: the two tables and where the windows of 64 weights stand.
 template <int K, int Origin = kUnsigned>
@@ -44,15 +72,15 @@ struct TrellisChunks {
     __m512i low, high, gather, low_shift, high_shift;
 
     explicit TrellisChunks(const int8_t* tables) {
-        alignas(64) uint8_t low_table[64], high_table[64], bytes[64], shift[64];
-        split_tables(tables, kOrigin, low_table, high_table);
+        alignas(64) uint8_t bytes[64], shift[64];
+        const SplitTables split(tables, kOrigin);
         for (int i = 0; i < 64; ++i) {
             // Seen from two bytes before the chunk, weight i of eight has its window at bit k + 4 + k i.
             bytes[i] = static_cast<uint8_t>(K * (i >> 3) + (i & 7));
             shift[i] = static_cast<uint8_t>(K + 4 + K * (i & 7));
         }
-        low = _mm512_load_si512(low_table);
-        high = _mm512_load_si512(high_table);
+        low = split.low;
+        high = split.high;
         gather = _mm512_load_si512(bytes);
         low_shift = _mm512_load_si512(shift);
         high_shift = _mm512_add_epi8(low_shift, _mm512_set1_epi8(6));

@@ -18,14 +18,21 @@ struct Vectors {
         return v;
     }
 
-    // bfloat16 as its bits.
+    // bfloat16 as its bits. GCC 12 takes three times the instructions for wide conversions in the compiler's notation.
     static Floats load(const uint16_t* from) {
+#ifdef __AVX512F__
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#endif
         Halves v;
         __builtin_memcpy(&v, from, sizeof v);
         return reinterpret_cast<Floats>(__builtin_convertvector(v, Words) << 16);
     }
 
     static Floats load(const int8_t* from) {
+#ifdef __AVX512F__
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#endif
         Bytes v;
         __builtin_memcpy(&v, from, sizeof v);
         return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);

@@ -1,7 +1,9 @@
 // AVX-512: sixteen floats per register.
-#include "floats.hpp"
+#include <immintrin.h>
 
 #include <type_traits>
+
+#include "floats.hpp"
 
 namespace fewbit {
 namespace {

@@ -16,10 +16,9 @@ struct LaneProduct {
         __m512i low, high;
 
         explicit Decoder(const int8_t* tables) {
-            alignas(64) uint8_t low_table[64], high_table[64];
-            split_tables(tables, kUnsigned, low_table, high_table);
-            low = _mm512_load_si512(low_table);
-            high = _mm512_load_si512(high_table);
+            const SplitTables split(tables, kUnsigned);
+            low = split.low;
+            high = split.high;
         }
 
         // Six bits of every stream from bit `At` of the bytes in b, with anything above them.

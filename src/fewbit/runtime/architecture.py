@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fewbit.runtime.weights import CannotLower
 
@@ -118,6 +117,8 @@ def rotary_tables(config: Any, kind: str, head_dim: int, context: int) -> tuple[
         frequencies = 1.0 / (own["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
         scaling = 1.0
     else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         more = {"layer_type": kind} if by_kind else {}
         frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), **more)
     angles = torch.arange(context, dtype=torch.float)[:, None] * frequencies.float()

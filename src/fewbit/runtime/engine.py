@@ -62,10 +62,25 @@ class Request:
         self._sequence.cancel()
         self._loop.wake()
 
-    def result(self) -> Completion:
-        """Wait for the whole answer."""
-        text, ids, logprobs, reason = join_pieces(list(self))
-        first, last = self._sequence.first_token_at, self._sequence.last_token_at
+    @property
+    def seconds_to_first_token(self) -> float:
+        """From the request to the first token, waiting included; 0 as long as there is none."""
+        return max(0.0, self._sequence.first_token_at - self._asked_at) if self._sequence.generated else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate of the tokens after the first; 0 as long as there are none."""
+        spent = self._sequence.last_token_at - self._sequence.first_token_at
+        return (self._sequence.generated - 1) / spent if spent > 0 else 0.0
+
+    def result(self, on_piece: Callable[[Piece], object] | None = None) -> Completion:
+        """Wait for the whole answer; `on_piece` gets its pieces as they come."""
+        pieces = []
+        for piece in self:
+            pieces.append(piece)
+            if on_piece is not None:
+                on_piece(piece)
+        text, ids, logprobs, reason = join_pieces(pieces)
         return Completion(
             text=text,
             token_ids=ids,
@@ -73,8 +88,15 @@ class Request:
             cached_tokens=self.cached_tokens,
             finish_reason=reason or "cancelled",
             logprobs=logprobs,
-            seconds_to_first_token=round(first - self._asked_at, 4) if ids else 0.0,
-            tokens_per_second=round((len(ids) - 1) / (last - first), 3) if last > first else 0.0,
+            seconds_to_first_token=round(self.seconds_to_first_token, 4),
+            tokens_per_second=round(self.tokens_per_second, 3),
+        )
+
+    def summary(self) -> str:
+        """Length and speed of the answer in one line."""
+        return (
+            f"{self._sequence.generated} tokens, {self.tokens_per_second:.1f} tokens/s, the first after "
+            f"{self.seconds_to_first_token:.2f} s; {self.cached_tokens} of {self.prompt_tokens} prompt tokens cached"
         )
 
     def __iter__(self) -> Iterator[Piece]:
@@ -215,6 +237,9 @@ class Engine:
 
             decoder, found = open_decoder(path, slots=slots, context=context, block=block, threads=threads, kv=kv)
             tokenizer = tokenizer or found
+        if tokenizer is None:
+            decoder.close()
+            raise UsageError(f"{path} holds no tokenizer; copy tokenizer.json and its configuration from the model")
         self.name = Path(path).name or str(path)
         self.tokenizer = tokenizer
         self.context = decoder.context

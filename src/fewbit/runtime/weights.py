@@ -10,14 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule, is_artifact
 from fewbit.checkpoint.source import SafetensorsFile, Source, open_source
+from fewbit.checkpoint.store import read_json
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.formats import TensorSpec
 from fewbit.formats.twinquant import both_spec, down_spec
@@ -155,7 +155,7 @@ class PackedWeights(Weights):
     def __init__(self, native: ModuleType, artifact: Artifact) -> None:
         super().__init__(native)
         self.artifact = artifact
-        self.config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False)
+        self.config = _configuration(artifact)
         self._files = {name: SafetensorsFile(artifact.path / name) for name in sorted(set(artifact.files.values()))}
 
     def has(self, name: str) -> bool:
@@ -177,9 +177,7 @@ class PackedWeights(Weights):
         return self._read(name).float()
 
     def tokenizer(self) -> Any:
-        if not any(self.artifact.path.glob("tokenizer*")):
-            return None
-        return AutoTokenizer.from_pretrained(self.artifact.path, trust_remote_code=False)
+        return _tokenizer(self.artifact.path)
 
     def _load(self, module: str) -> Linear:
         bias = self.maybe_vector(f"{module}.bias")
@@ -236,6 +234,38 @@ def open_weights(native: ModuleType, path: str | Path) -> Weights:
     if is_artifact(Path(path)):
         return PackedWeights(native, Artifact.open(path))
     return PlainWeights(native, open_source(path))
+
+
+def _configuration(artifact: Artifact) -> Any:
+    """The model's configuration; as plain fields where these say it all.
+
+    transformers needs more than a second to import what it makes a configuration with. A checkpoint holds every field,
+    defaults included, and only scaled rotary positions take transformers' own arithmetic.
+    """
+    fields = dict(artifact.config)
+    rotary = fields.get("rope_parameters")
+    if isinstance(rotary, dict):
+        kinds = [rotary] if "rope_type" in rotary else list(rotary.values())
+        if all(isinstance(kind, dict) and kind.get("rope_type") == "default" for kind in kinds):
+            return SimpleNamespace(**fields)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(artifact.path, trust_remote_code=False)
+
+
+def _tokenizer(path: Path) -> Any:
+    """The tokenizer of a directory, None where there is none; without looking for its class where that is known."""
+    settings = path / "tokenizer_config.json"
+    if not any(path.glob("tokenizer*")):
+        return None
+    complete = settings.is_file() and (path / "tokenizer.json").is_file()
+    if complete and read_json(settings).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -1,0 +1,192 @@
+"""Measures a decoder: prompts of some lengths, then single tokens of one or several sequences together.
+
+What is timed is what an answer takes: forwards, and for decoding the choice of the likeliest token, too. Tokenizing and
+the scheduler are left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.checkpoint.artifact import Artifact, is_artifact
+from fewbit.checkpoint.source import open_source
+from fewbit.environment import cpu_name
+from fewbit.errors import UsageError
+from fewbit.ops.extension import load_native
+from fewbit.runtime.batch import Batch
+from fewbit.runtime.decoder import Decoder, open_decoder
+from fewbit.runtime.sampling import SamplingParams, sample_rows
+
+_LEAD = 16  # tokens of the prompt that decoding is measured behind
+_READ_BYTES = 256_000_000
+_GREEDY = SamplingParams()
+USUAL_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Prompt lengths, numbers of sequences that decode together, tokens each of them decodes, and repetitions."""
+
+    prompt_tokens: tuple[int, ...] = (128, 512)
+    batches: tuple[int, ...] = (1,)
+    gen_tokens: int = 64
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name, values, high in (
+            ("--prompt-tokens", self.prompt_tokens, 1_000_000),
+            ("--batch", self.batches, 256),
+            ("--gen-tokens", (self.gen_tokens,), 1_000_000),
+            ("--repeats", (self.repeats,), 100),
+        ):
+            for value in values:
+                if not 1 <= value <= high:
+                    raise UsageError(f"{name} must be between 1 and {high}, not {value}")
+
+    @property
+    def context(self) -> int:
+        """Positions that the longest measurement needs."""
+        return max(*self.prompt_tokens, _LEAD + self.gen_tokens, 1)
+
+
+def run_bench(
+    path: str | Path, settings: BenchSettings, threads: int | None, kv: str, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """What `fewbit bench --json` prints about the model at `path`.
+
+    `bandwidth_share` is the part of the memory's speed, measured in the same run with the same threads, that decoding
+    reads weights at; None where it cannot be known. `progress` takes (done, total) measurements.
+    """
+    weight_bytes = bytes_per_token(path)
+    slots = max(settings.batches)
+    decoder, _ = open_decoder(
+        path, slots=slots, context=settings.context, block=max(USUAL_BLOCK, slots), threads=threads, kv=kv
+    )
+    try:
+        report = bench(decoder, settings, progress)
+    finally:
+        decoder.close()
+    native = load_native()
+    bandwidth = read_bandwidth(threads)
+    return {
+        "model": str(path),
+        **report,
+        "threads": threads or (native.num_threads() if native else torch.get_num_threads()),
+        "isa": native.isa() if native else "torch",
+        "kv": kv,
+        "cpu": cpu_name(),
+        "weight_bytes_per_token": weight_bytes,
+        "read_bytes_per_second": round(bandwidth),
+        "bandwidth_share": bandwidth_share(report["decode"], weight_bytes, bandwidth),
+    }
+
+
+def bench(decoder: Decoder, settings: BenchSettings, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """`prefill` and `decode`: tokens per second, of all sequences together, with their standard deviation over the
+    repetitions, and the `settings`."""
+    total = len(settings.prompt_tokens) + len(settings.batches)
+    progress(0, total)
+    _prompt(decoder, 0, min(8, decoder.context))
+    prefill, decode = [], []
+    for length in settings.prompt_tokens:
+        rates = [length / _timed(partial(_prompt, decoder, 0, length)) for _ in range(settings.repeats)]
+        prefill.append({"prompt_tokens": length, **_mean(rates)})
+        progress(len(prefill), total)
+    for batch in settings.batches:
+        rates = [_decoding_rate(decoder, batch, settings.gen_tokens) for _ in range(settings.repeats)]
+        decode.append({"batch": batch, **_mean(rates)})
+        progress(len(prefill) + len(decode), total)
+    return {"prefill": prefill, "decode": decode, "settings": asdict(settings)}
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _mean(rates: list[float]) -> dict[str, float]:
+    spread = statistics.stdev(rates) if len(rates) > 1 else 0.0
+    return {"tokens_per_second": round(statistics.mean(rates), 3), "stdev": round(spread, 3)}
+
+
+def _ints(values: Any) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def _prompt(decoder: Decoder, slot: int, length: int) -> int:
+    """Run a prompt of arbitrary tokens; the likeliest next token."""
+    tokens = torch.randint(decoder.vocabulary, (length,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    token = 0
+    for start in range(0, length, decoder.block):
+        stop = min(length, start + decoder.block)
+        wanted = [stop - start - 1] if stop == length else []
+        batch = Batch(tokens[start:stop], _ints(range(start, stop)), _ints([slot] * (stop - start)), _ints(wanted))
+        logits = decoder.forward(batch)
+        if wanted:
+            (token,) = sample_rows(logits, [_GREEDY], [()], [0.0])
+    return token
+
+
+def _decoding_rate(decoder: Decoder, batch: int, count: int) -> float:
+    """Tokens per second over all of `batch` sequences, `count` tokens each."""
+    tokens = [_prompt(decoder, slot, _LEAD) for slot in range(batch)]
+    slots = _ints(range(batch))
+
+    def decode() -> None:
+        nonlocal tokens
+        for step in range(count):
+            logits = decoder.forward(Batch(_ints(tokens), _ints([_LEAD + step] * batch), slots, slots))
+            tokens = sample_rows(logits, [_GREEDY] * batch, [()] * batch, [0.0] * batch)
+
+    return batch * count / _timed(decode)
+
+
+def read_bandwidth(threads: int | None) -> float:
+    """Bytes per second that so many threads read from memory, the best of several passes; 0 without native code."""
+    native = load_native()
+    if native is None:
+        return 0.0
+    if threads is not None:
+        native.set_num_threads(threads)
+    buffer = native.huge_bytes(_READ_BYTES)
+    buffer.fill_(1)
+    return _READ_BYTES / min(_timed(lambda: native.read_bytes(buffer)) for _ in range(8))
+
+
+def bytes_per_token(path: str | Path) -> int:
+    """Bytes of weights that one forward reads for a single token: all but a table that only looks a row up, and of a
+    mixture's experts as many as a token is sent to."""
+    if is_artifact(Path(path)):
+        artifact = Artifact.open(path)
+        config = artifact.config
+        sizes = {entry["name"]: entry["bytes"] for entry in artifact.record["tensors"]}
+        tied = any(name.startswith("lm_head") for name in sizes) is False
+    else:
+        source = open_source(path)
+        config = source.config.to_dict()
+        sizes = {name: 2 * torch.Size(source.shape(name)).numel() for name in source.names()}
+        tied = source.tied_embeddings
+    experts = config.get("num_experts") or config.get("num_local_experts") or 1
+    chosen = min(1.0, (config.get("num_experts_per_tok") or 1) / experts)
+    total = 0.0
+    for name, size in sizes.items():
+        if tied or not name.endswith("embed_tokens.weight"):
+            total += size * (chosen if ".experts." in name else 1.0)
+    return round(total)
+
+
+def bandwidth_share(decode: list[dict[str, Any]], weight_bytes: int, bandwidth: float) -> float | None:
+    """Part of the memory's speed that decoding reads weights at: of the smallest batch, whose steps read them once."""
+    if not bandwidth or not decode:
+        return None
+    least = min(decode, key=lambda entry: entry["batch"])
+    return round(least["tokens_per_second"] / least["batch"] * weight_bytes / bandwidth, 4)
