@@ -19,8 +19,7 @@ import openai
 import pytest
 
 from fewbit.errors import UsageError
-from fewbit.runtime.engine import Piece, TokenLogprob
-from fewbit.runtime.sampling import SamplingParams
+from fewbit.runtime.engine import Engine, Piece, SamplingParams, TokenLogprob
 from fewbit.serve.app import create_app
 from fewbit.serve.server import make_server
 from fewbit.serve.settings import Settings
@@ -187,7 +186,7 @@ class FakeEngine:
 class Served:
     """A server in a thread on a free port, and clients for it."""
 
-    def __init__(self, engine: FakeEngine, settings: Settings | None = None) -> None:
+    def __init__(self, engine: FakeEngine | Engine, settings: Settings | None = None) -> None:
         self.engine = engine
         self.app = create_app(engine, settings)
         self.server = make_server(self.app, "127.0.0.1", 0)
@@ -250,8 +249,20 @@ def serve():
 
 
 @pytest.fixture(scope="module")
-def shared():
+def serve_engine():
+    """`serve_engine(engine)` serves any engine until the module's tests are through."""
+    running: list[Served] = []
+
+    def start(engine: FakeEngine | Engine) -> Served:
+        running.append(Served(engine))
+        return running[-1]
+
+    yield start
+    for served in running:
+        served.stop()
+
+
+@pytest.fixture(scope="module")
+def shared(serve_engine) -> Served:
     """One server for all tests of a module that leave it as it was."""
-    served = Served(FakeEngine())
-    yield served
-    served.stop()
+    return serve_engine(FakeEngine())

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import socket
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewbit import cli_options as o
 from fewbit.console import human_seconds, parse_size, stderr, stdout
 from fewbit.errors import FewbitError, UsageError
 
-ENGINE, LIMITS, ACCESS = "Engine", "Limits", "Access"
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+if TYPE_CHECKING:
+    from fewbit.serve.settings import Settings
+
+LIMITS, ACCESS = "Limits", "Access"
+LOOPBACK = "127.0.0.1"
+LOOPBACK_NAMES = ("localhost", LOOPBACK, "::1")
 
 
 def serve(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A fewbit checkpoint, or any model quantize takes.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=ACCESS)
-    ] = "127.0.0.1",
+    path: o.AnyModel,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=ACCESS)] = LOOPBACK,
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535, rich_help_panel=ACCESS)] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="FEWBIT_API_KEY",
-            show_envvar=True,
             help="Serve only those who send this key. Others on the machine can read command lines: better set it in "
             "the environment.",
             rich_help_panel=ACCESS,
@@ -35,25 +38,19 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="A name that the server may be called by, repeatable. Default: the names of this machine's loopback "
-            "when it listens there without a key, any name otherwise.",
+            help="A name that the server may be called by, repeatable. Default: this machine's names for itself when "
+            "it listens there alone and without a key, any name otherwise.",
             rich_help_panel=ACCESS,
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients. Default: its directory's.")] = None,
-    slots: Annotated[int, typer.Option(help="Sequences decoded at once.", min=1, max=256, rich_help_panel=ENGINE)] = 8,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens per sequence. Default: the model's, up to 4096.", rich_help_panel=ENGINE)
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads. Default: one per processor core.", rich_help_panel=ENGINE)
-    ] = None,
-    kv: Annotated[str, typer.Option(help="Cache of keys and values: bf16 or int8.", rich_help_panel=ENGINE)] = "bf16",
-    draft: Annotated[
-        int, typer.Option(help="Longest draft looked up in the text so far; 0: none.", min=0, rich_help_panel=ENGINE)
-    ] = 0,
+    slots: Annotated[int, typer.Option(help="Answers in work at once.", min=1, max=256, rich_help_panel=o.ENGINE)] = 8,
+    context: o.Context = None,
+    threads: o.Threads = None,
+    kv: o.Kv = "bf16",
+    draft: o.Draft = 0,
     queue: Annotated[
-        int, typer.Option(help="Sequences that may wait for a slot; beyond them, 429.", min=0, rich_help_panel=LIMITS)
+        int, typer.Option(help="Answers that may wait for a slot; beyond them, 429.", min=0, rich_help_panel=LIMITS)
     ] = 64,
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take, waiting included.", rich_help_panel=LIMITS)
@@ -66,10 +63,10 @@ def serve(
     access_log: Annotated[bool, typer.Option("--access-log", help="One line per request on stderr.")] = False,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with a chat page at /."""
-    server_class = _import_server()
+    server = _import_server()
     from fewbit.serve.settings import Settings
 
-    hosts = tuple(name.lower() for name in allow_host or ())
+    hosts = tuple(allowed.lower() for allowed in allow_host or ())
     if api_key is None and is_loopback(host):
         hosts = (*LOOPBACK_NAMES, *hosts)
     settings = Settings(
@@ -89,10 +86,8 @@ def serve(
             soft_wrap=True,
         )
     _check_free(host, port)
-    engine_options: dict[str, Any] = {
-        "slots": slots, "context": context, "threads": threads, "kv": kv, "draft": draft
-    }  # fmt: skip
-    _run(path, engine_options, settings, server_class, host, port, access_log)
+    options = {"slots": slots, "context": context, "threads": threads, "kv": kv, "draft": draft}
+    _run(path, options, settings, server, host, port, access_log)
 
 
 def is_loopback(host: str) -> bool:
@@ -105,12 +100,9 @@ def is_loopback(host: str) -> bool:
 
 def _import_server() -> Any:
     try:
-        from fewbit.serve import server
+        return importlib.import_module("fewbit.serve.server")
     except ModuleNotFoundError as error:
-        raise FewbitError(
-            f"{error.name} is missing; install fewbit with its server: pip install 'fewbit[serve]'"
-        ) from error
-    return server
+        raise FewbitError(f"{error.name} is missing; install the server: pip install 'fewbit[serve]'") from error
 
 
 def _check_free(host: str, port: int) -> None:
@@ -126,13 +118,16 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _run(
-    path: str, engine_options: dict[str, Any], settings: Any, server: Any, host: str, port: int, access_log: bool
+    path: str, options: dict[str, Any], settings: Settings, server: Any, host: str, port: int, access_log: bool
 ) -> None:
+    from transformers.utils import logging
+
     from fewbit.runtime.engine import Engine
     from fewbit.serve.app import create_app
 
+    logging.disable_progress_bar()
     start = time.perf_counter()
-    with Engine(path, **engine_options) as engine:
+    with Engine(path, **options) as engine:
         app = create_app(engine, settings)
         running = server.make_server(app, host, port, access_log=access_log)
         shown = f"[{host}]" if ":" in host else host
@@ -140,5 +135,6 @@ def _run(
             f"Serving {app.state.service.name} at http://{shown}:{port} (ready after "
             f"{human_seconds(time.perf_counter() - start)}; Ctrl+C ends it)",
             soft_wrap=True,
+            markup=False,
         )
         running.run()

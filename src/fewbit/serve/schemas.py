@@ -12,11 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fewbit.runtime.sampling import SamplingParams
+from fewbit.runtime.sampling import MAX_LOGPROBS, MAX_STOPS, SamplingParams
 from fewbit.serve.api_errors import ApiError
 
-MAX_STOPS = 16
-MAX_LOGPROBS = 20
+MOST = 1_000_000
 SEEDS = 2**63
 
 IGNORED = frozenset(
@@ -152,10 +151,10 @@ class GenerationRequest(BaseModel):
     refused: ClassVar[Refused] = REFUSED
 
     model: Text | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
@@ -237,7 +236,7 @@ class ChatRequest(GenerationRequest):
     refused: ClassVar[Refused] = REFUSED_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 

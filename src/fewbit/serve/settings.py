@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fewbit.errors import UsageError
 
@@ -17,7 +17,7 @@ class Settings:
     """
 
     model_name: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()
     queue: int = 64
     max_choices: int = 16
