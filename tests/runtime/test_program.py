@@ -14,8 +14,9 @@ from fewbit.runtime.decoder import open_decoder
 from fewbit.runtime.weights import CannotLower
 
 SUMMATION = 2e-5  # float32 cache: what two orders of summation leave
-FLIPPED = 5e-3  # where that decides how an input is rounded to 8 bits, which few tokens may meet
-ROUNDED = {"bf16": 0.03, "int8": 0.06}  # of logits whose standard deviation is about 0.2
+FLIPPED = 2e-2  # where that decides how an input is rounded to 8 bits, which few tokens may meet
+ROUNDED = {"bf16": 2e-4, "int8": 2e-4}  # squared error over squared logits
+SENSITIVE = 2e-2  # where random routers change their mind, or random gains sharpen attention
 TEXT = (torch.arange(100) * 7) % 90 + 3
 
 FAMILIES = {
@@ -50,7 +51,18 @@ FAMILIES = {
     "qwen2": ("qwen2", False, {}),
     "qwen2-window": ("qwen2", False, {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
     "qwen3": ("qwen3", True, {}),
+    "gemma3": (
+        "gemma3_text",
+        True,
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 32,
+        },
+    ),
 }
+MIXTURES = ("qwen3_moe", "mixtral")
 TWIN = QuantizeOptions(format="twinquant", rounding="nearest", rank=32, act_bits=8)
 STORED = {
     "plain": None,
@@ -77,15 +89,19 @@ def logits_of(decoder, *pieces) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def models(make_tiny, add_tokenizer, tmp_path_factory):
+def models(make_tiny, make_mixture, add_tokenizer, tmp_path_factory):
     """A function from family and storage to the directory of a model."""
     root = tmp_path_factory.mktemp("programs")
 
     def make(family: str, stored: str):
         plain = root / family
         if not plain.exists():
-            kind, tied, changes = FAMILIES[family]
-            make_tiny(kind, tied, **changes).save_pretrained(plain)
+            if family in MIXTURES:
+                model = make_mixture(family)
+            else:
+                kind, tied, changes = FAMILIES[family]
+                model = make_tiny(kind, tied, **changes)
+            model.save_pretrained(plain)
             add_tokenizer(plain)
         options = STORED[stored]
         if options is None:
@@ -106,7 +122,7 @@ def expected(path, stored: str) -> torch.Tensor:
     return load_any(path, torch.float32)[0](TEXT[None]).logits[0]
 
 
-CASES = [(family, stored) for family in FAMILIES for stored in ("plain", "trellis")]
+CASES = [(family, stored) for family in (*FAMILIES, *MIXTURES) for stored in ("plain", "trellis")]
 CASES += [("llama", "trellis-4"), ("llama", "twinquant"), ("qwen2", "twinquant")]
 
 
@@ -121,11 +137,16 @@ def test_logits_equal_those_of_transformers(models, family, stored):
     assert far.quantile(0.8) < SUMMATION
     for kv, bound in ROUNDED.items():
         decoder, _ = open_decoder(path, kv=kv, fallback=False)
-        torch.testing.assert_close(logits_of(decoder, (0, 0, TEXT)), wanted, rtol=0, atol=bound)
+        lost = (logits_of(decoder, (0, 0, TEXT)) - wanted).square().mean() / wanted.square().mean()
+        assert lost < (SENSITIVE if family in ("gemma3", *MIXTURES) else bound)
+
+
+STORED_ONCE = [("llama", "trellis"), ("mistral", "plain"), ("qwen2", "twinquant"), ("gemma3", "trellis")]
+STORED_ONCE += [("qwen3_moe", "trellis")]
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "float32"])
-@pytest.mark.parametrize(("family", "stored"), [("llama", "trellis"), ("mistral", "plain"), ("qwen2", "twinquant")])
+@pytest.mark.parametrize(("family", "stored"), STORED_ONCE)
 def test_a_prompt_gives_the_same_bits_however_it_is_cut(models, family, stored, kv):
     decoder, _ = open_decoder(models(family, stored), kv=kv, slots=4, fallback=False)
     whole = logits_of(decoder, (0, 0, TEXT))

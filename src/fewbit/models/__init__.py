@@ -1,6 +1,6 @@
 """Model families: one short file each."""
 
-from fewbit.models import llama, mixtral, qwen, qwen_moe
+from fewbit.models import gemma, llama, mixtral, qwen, qwen_moe
 from fewbit.models.base import Experts, Family, Place, SharedInput, families, find_family, get_family
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "SharedInput",
     "families",
     "find_family",
+    "gemma",
     "get_family",
     "llama",
     "mixtral",

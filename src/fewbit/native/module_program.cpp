@@ -51,6 +51,7 @@ public:
                 "the size of a head must be a multiple of 16 up to 256, not " + std::to_string(dim));
         const ProgramShape shape{block, slots, context, layers, heads, kv_heads, dim, cache_of(cache), vocabulary, threads};
         program_ = std::make_unique<Program>(shape);
+        target_ = &program_->steps();
     }
 
     int buffer(int64_t cols) {
@@ -194,6 +195,25 @@ public:
         add<Attention>(layer, q, out, window ? *window : kEverything);
     }
 
+    void experts(int input, int logits, int gathered, int result, int out, int chosen, bool normalized) {
+        const int64_t cols = cols_of(input), count = cols_of(logits);
+        for (const int buffer : {gathered, result, out}) require_buffer(buffer, cols);
+        require(chosen >= 1 && chosen <= count, "a token has at least one expert, and at most all of them");
+        require(experts_ == nullptr, "experts have no experts");
+        experts_ = &add<Experts>(*program_, ExpertsInputs{input, logits, gathered, result, out, cols, count, chosen, normalized});
+    }
+
+    void expert(std::optional<int64_t> index) {
+        require(experts_ != nullptr, "there are no experts to describe");
+        if (!index) {
+            experts_ = nullptr;
+            target_ = &program_->steps();
+            return;
+        }
+        require(in_range(*index, experts_->count()), "there is no expert " + std::to_string(*index));
+        target_ = &experts_->steps(*index);
+    }
+
     void select(int input, int out) {
         require_buffer(out, cols_of(input));
         add<Select>(input, out, cols_of(input));
@@ -234,8 +254,9 @@ public:
 
 private:
     template <class S, class... Arguments>
-    void add(Arguments&&... arguments) {
-        program_->add(std::make_unique<S>(std::forward<Arguments>(arguments)...));
+    S& add(Arguments&&... arguments) {
+        target_->push_back(std::make_unique<S>(std::forward<Arguments>(arguments)...));
+        return static_cast<S&>(*target_->back());
     }
 
     template <class T>
@@ -284,6 +305,8 @@ private:
     }
 
     std::unique_ptr<Program> program_;
+    StepList* target_;                            // what steps are added to: the program's, or an expert's
+    Experts* experts_ = nullptr;
     LinearInputs inputs_{};
     std::vector<std::any> kept_;
 };
@@ -312,6 +335,10 @@ void bind_program(nb::module_& m) {
         .def("rope", &PyProgram::rope, "layer"_a, "q"_a, "k"_a, "v"_a, "q_norm"_a.noconvert().none(),
              "k_norm"_a.noconvert().none(), "eps"_a, "scale"_a, "cosines"_a.noconvert(), "sines"_a.noconvert())
         .def("attention", &PyProgram::attention, "layer"_a, "q"_a, "out"_a, "window"_a.none())
+        .def("experts", &PyProgram::experts, "input"_a, "logits"_a, "gathered"_a, "result"_a, "out"_a, "chosen"_a,
+             "normalized"_a, "A mixture of experts, whose steps `expert` introduces.")
+        .def("expert", &PyProgram::expert, "index"_a.none(),
+             "The next steps are that expert's; None: those of the program again.")
         .def("select", &PyProgram::select, "input"_a, "out"_a)
         .def("run", &PyProgram::run, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
              "wanted"_a.noconvert(), "logits"_a.noconvert(), "Run all steps; fills logits float32 [W, vocabulary].")

@@ -81,6 +81,8 @@ public:
     virtual void run(Forward& forward) = 0;
 };
 
+using StepList = std::vector<std::unique_ptr<Step>>;
+
 constexpr int kLogits = -1;                       // the output of the last step, which the caller owns
 
 class Program {
@@ -94,7 +96,7 @@ public:
     int64_t buffer_cols(int index) const { return cols_[static_cast<size_t>(index)]; }
     int buffers() const { return static_cast<int>(cols_.size()); }
 
-    void add(std::unique_ptr<Step> step) { steps_.push_back(std::move(step)); }
+    StepList& steps() { return steps_; }
 
     // Arguments are checked: count <= block, slots and positions in range, wanted ascending.
     void run(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t count, const int32_t* wanted,
@@ -118,7 +120,7 @@ private:
     ProgramShape shape_;
     std::vector<int64_t> cols_;
     std::vector<Buffer<float>> buffers_;
-    std::vector<std::unique_ptr<Step>> steps_;
+    StepList steps_;
     std::vector<QueryTile> tiles_;
     Buffer<AttentionScratch> attention_;
     std::mutex use_;

@@ -2,6 +2,7 @@
 #include "steps.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "half.hpp"
@@ -332,6 +333,69 @@ void Attention::run(Forward& forward) {
     const int64_t pairs = static_cast<int64_t>(tiles.size()) * shape.kv_heads;
     if (threads > 1 && single && most > 1 && pairs < 2 * threads) return run_segments(forward, threads, most);
     run_tiles(forward, threads);
+}
+
+Experts::Experts(Program& program, const ExpertsInputs& inputs)
+    : inputs_(inputs), steps_(static_cast<size_t>(inputs.experts)) {
+    const size_t block = static_cast<size_t>(program.shape().block), each = static_cast<size_t>(inputs.chosen);
+    chosen_.resize(block * each);
+    weights_.resize(block * each);
+    rows_.reserve(block);
+    of_rows_.reserve(block);
+}
+
+// The experts with the largest probabilities; of equal ones the first.
+void Experts::choose(const float* logits, int64_t row) {
+    const int64_t experts = inputs_.experts;
+    const float* own = logits + row * experts;
+    int64_t* chosen = chosen_.data() + row * inputs_.chosen;
+    float* weights = weights_.data() + row * inputs_.chosen;
+    const float most = *std::max_element(own, own + experts);
+    float all = 0.0f, some = 0.0f;
+    for (int64_t e = 0; e < experts; ++e) all += std::exp(own[e] - most);
+    for (int i = 0; i < inputs_.chosen; ++i) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < experts; ++e)
+            if ((best < 0 || own[e] > own[best]) && std::find(chosen, chosen + i, e) == chosen + i) best = e;
+        chosen[i] = best;
+    }
+    std::sort(chosen, chosen + inputs_.chosen);
+    for (int i = 0; i < inputs_.chosen; ++i) some += weights[i] = std::exp(own[chosen[i]] - most) / all;
+    for (int i = 0; inputs_.normalized && i < inputs_.chosen; ++i) weights[i] /= some;
+}
+
+void Experts::run_expert(Forward& forward, int64_t expert) {
+    const int64_t cols = inputs_.cols;
+    const float* x = forward.buffer(inputs_.input);
+    float* gathered = forward.buffer(inputs_.gathered);
+    rows_.clear();
+    of_rows_.clear();
+    for (int64_t at = 0; at < forward.rows * inputs_.chosen; ++at) {
+        if (chosen_[static_cast<size_t>(at)] != expert) continue;
+        const int64_t row = at / inputs_.chosen;
+        std::copy(x + row * cols, x + (row + 1) * cols, gathered + static_cast<int64_t>(rows_.size()) * cols);
+        rows_.push_back(row);
+        of_rows_.push_back(weights_[static_cast<size_t>(at)]);
+    }
+    if (rows_.empty()) return;
+    Forward own = forward;
+    own.rows = static_cast<int64_t>(rows_.size());
+    for (const std::unique_ptr<Step>& step : steps(expert)) step->run(own);
+    const float* result = forward.buffer(inputs_.result);
+    float* out = forward.buffer(inputs_.out);
+    for_rows(own.rows, cols, [&](int64_t i, int) {
+        float* to = out + rows_[static_cast<size_t>(i)] * cols;
+        const float weight = of_rows_[static_cast<size_t>(i)];
+        for (int64_t col = 0; col < cols; ++col) to[col] += result[i * cols + col] * weight;
+    });
+}
+
+void Experts::run(Forward& forward) {
+    const float* logits = forward.buffer(inputs_.logits);
+    for_rows(forward.rows, 8 * inputs_.experts, [&](int64_t row, int) { choose(logits, row); });
+    float* out = forward.buffer(inputs_.out);
+    std::fill(out, out + forward.rows * inputs_.cols, 0.0f);
+    for (int64_t expert = 0; expert < inputs_.experts; ++expert) run_expert(forward, expert);
 }
 
 void Select::run(Forward& forward) {

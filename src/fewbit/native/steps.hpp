@@ -164,6 +164,38 @@ private:
     int64_t window_;
 };
 
+// Where a mixture of experts takes its inputs and what its steps write.
+struct ExpertsInputs {
+    int input, logits;                            // normed hidden states [cols] and the router's logits [experts]
+    int gathered, result;                         // [cols] each: what the steps of an expert read and write
+    int out;                                      // [cols]
+    int64_t cols, experts;
+    int chosen;                                   // experts of a token
+    bool normalized;                              // whether the weights of these add up to 1
+};
+
+// A mixture of experts: every expert's steps run on the rows that chose it, and a token's results are added in the order
+// of its experts.
+class Experts : public Step {
+public:
+    Experts(Program& program, const ExpertsInputs& inputs);
+    void run(Forward& forward) override;
+
+    int64_t count() const { return inputs_.experts; }
+    StepList& steps(int64_t expert) { return steps_[static_cast<size_t>(expert)]; }
+
+private:
+    void choose(const float* logits, int64_t row);
+    void run_expert(Forward& forward, int64_t expert);
+
+    ExpertsInputs inputs_;
+    std::vector<StepList> steps_;
+    std::vector<int64_t> chosen_;                 // [rows, chosen], ascending in a row
+    std::vector<float> weights_;
+    std::vector<int64_t> rows_;                   // that chose an expert, and where among the chosen
+    std::vector<float> of_rows_;
+};
+
 // Goes on with the wanted rows alone.
 class Select : public Step {
 public:

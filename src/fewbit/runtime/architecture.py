@@ -23,7 +23,8 @@ class Architecture:
     """Sizes and switches of a decoder.
 
     `kinds` has an entry per layer: the name of its kind of attention, which decides its rotary positions, and its
-    window in positions, or None. `norm_offset` is added to the stored gains of norms.
+    window in positions, or None. `norm_offset` is added to the stored gains of norms. In a mixture, `experts_per_token`
+    have weights, which add up to 1 if they are normalized.
     """
 
     hidden: int
@@ -39,6 +40,8 @@ class Architecture:
     max_positions: int
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
+    experts_per_token: int = 0
+    normalized_experts: bool = True
 
 
 def describe(config: Any) -> Architecture:
@@ -84,7 +87,8 @@ def _as_it_is(general: Architecture, config: Any) -> Architecture:
 
 
 def _gemma3(general: Architecture, config: Any) -> Architecture:
-    if config.final_logit_softcapping is not None or config.attn_logit_softcapping is not None:
+    caps = ("final_logit_softcapping", "attn_logit_softcapping")
+    if any(getattr(config, cap, None) is not None for cap in caps):
         raise CannotLower("soft caps of logits have no native step")
     return replace(
         general,
@@ -94,12 +98,20 @@ def _gemma3(general: Architecture, config: Any) -> Architecture:
     )
 
 
+def _mixture(general: Architecture, config: Any) -> Architecture:
+    # Mixtral has no choice: its weights are normalized.
+    normalized = config.model_type == "mixtral" or config.norm_topk_prob
+    return replace(general, experts_per_token=config.num_experts_per_tok, normalized_experts=normalized)
+
+
 _CHANGES: dict[str, Callable[[Architecture, Any], Architecture]] = {
     "llama": _as_it_is,
     "mistral": _as_it_is,
     "qwen2": _as_it_is,
     "qwen3": _as_it_is,
     "gemma3_text": _gemma3,
+    "qwen3_moe": _mixture,
+    "mixtral": _mixture,
 }
 
 

@@ -135,13 +135,37 @@ class Lowering:
         sandwiched = self._sandwiched(prefix)
         before = "pre_feedforward_layernorm" if sandwiched else "post_attention_layernorm"
         norm = _Norm(self._gain(f"{prefix}.{before}"), self.shape.eps)
-        names = [f"{prefix}.mlp.{name}_proj" for name in ("gate", "up")]
+        y = self._buffer("y", self.shape.hidden)
+        if self.weights.has(f"{prefix}.mlp.gate.weight"):
+            self._experts(f"{prefix}.mlp", x, norm, y)
+        else:
+            self._gated(f"{prefix}.mlp", x, norm, y)
+        self._add(x, y, f"{prefix}.post_feedforward_layernorm" if sandwiched else None)
+
+    def _gated(self, module: str, x: int, norm: _Norm | None, out: int) -> None:
+        """A gated feed-forward network."""
+        names = [f"{module}.{name}_proj" for name in ("gate", "up")]
         width = self.weights.linear(names[0]).rows
         gate, up = self._buffer("gate", width), self._buffer("up", width)
         self._linears(x, norm, names, [gate, up])
-        y = self._buffer("y", self.shape.hidden)
-        self._linears(gate, _Gate(up, self.shape.activation), [f"{prefix}.mlp.down_proj"], [y])
-        self._add(x, y, f"{prefix}.post_feedforward_layernorm" if sandwiched else None)
+        self._linears(gate, _Gate(up, self.shape.activation), [f"{module}.down_proj"], [out])
+
+    def _experts(self, module: str, x: int, norm: _Norm, y: int) -> None:
+        """A router and its experts."""
+        hidden = self.shape.hidden
+        router = self.weights.linear(f"{module}.gate")
+        if not isinstance(router, Dense):
+            raise CannotLower(f"{module}.gate: a packed router has no native step")
+        normed, logits = self._buffer("normed", hidden), self._buffer("router", router.rows)
+        gathered, result = self._buffer("gathered", hidden), self._buffer("result", hidden)
+        self.program.norm(x, norm.weight, norm.eps, normed, False)
+        self.program.dense_linears(normed, [router.weight], [router.bias], [logits])
+        shape = self.shape
+        self.program.experts(normed, logits, gathered, result, y, shape.experts_per_token, shape.normalized_experts)
+        for expert in range(router.rows):
+            self.program.expert(expert)
+            self._gated(f"{module}.experts.{expert}", gathered, None, result)
+        self.program.expert(None)
 
     def _add(self, x: int, y: int, norm: str | None) -> None:
         if norm is None:
