@@ -126,7 +126,7 @@ def test_a_full_queue_answers_429_with_a_time(serve, until):
     served.engine.go.set()
     for thread in threads:
         thread.join()
-    assert served.admission.count == 0
+    until(lambda: served.admission.count == 0)
     assert httpx2.post(served.url + COMPLETIONS, json=ENDLESS).status_code == 200
 
 
@@ -155,7 +155,18 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(serve, until):
     with pytest.raises(openai.APIError, match="limit"):
         list(stream)
     until(lambda: served.engine.stats()["running"] == 0)
-    assert served.admission.count == 0
+    until(lambda: served.admission.count == 0)
+
+
+def test_a_silent_stream_shows_signs_of_life(serve, monkeypatch):
+    monkeypatch.setattr("fewbit.serve.answers.KEEP_ALIVE_SECONDS", 0.02)
+    served = serve()
+    served.engine.go.clear()
+    with httpx2.stream("POST", served.url + COMPLETIONS, json={**ENDLESS, "max_tokens": 3, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert [next(lines) for _ in range(4)] == [": still working", ""] * 2
+        served.engine.go.set()
+        assert "data: [DONE]" in list(lines)
 
 
 def test_a_client_that_leaves_a_stream_frees_its_slot(serve, until):

@@ -95,7 +95,7 @@ class Answer(ABC):
             head["usage"] = None
         choices = [Choice() for _ in range(generation.count)]
         seen: set[int] = set()
-        async for event in generation.pieces(idle=KEEP_ALIVE_SECONDS):
+        async for event in generation.pieces(KEEP_ALIVE_SECONDS):
             if event is None:
                 yield None
                 continue

@@ -39,10 +39,11 @@ class Generation:
         self._metrics = metrics
         self._limit = limit
         self._deadline = time.monotonic() + limit
-        self._events: asyncio.Queue[tuple[int, Piece | ApiError | None]] = asyncio.Queue()
+        # (number, piece), (number, None) at a sequence's end, an error for all of them, None for a sign of life.
+        self._events: asyncio.Queue[tuple[int, Piece | None] | ApiError | None] = asyncio.Queue()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._requests: list[Any] = []
         self._pumps: list[asyncio.Task[None]] = []
-        self._getting: asyncio.Future[tuple[int, Piece | ApiError | None]] | None = None
         self._choices = 1
 
     @property
@@ -72,6 +73,7 @@ class Generation:
         except BaseException:
             self.close()
             raise
+        self._call_later("end", self.time_left, self.abort, timed_out(self._limit))
         for index, request in enumerate(self._requests):
             self._metrics.prompt_tokens.inc(request.prompt_tokens)
             self._pumps.append(asyncio.create_task(self._pump(index, request)))
@@ -84,52 +86,51 @@ class Generation:
             self._events.put_nowait((index, None))
         except Exception:
             log.exception("generation failed")
-            self._events.put_nowait((index, internal_error()))
+            self.abort(internal_error())
 
     def abort(self, error: ApiError) -> None:
         """Let whoever reads the pieces end with this error."""
-        self._events.put_nowait((0, error))
+        self._events.put_nowait(error)
 
-    async def pieces(self, idle: float | None = None) -> AsyncIterator[tuple[int, Piece] | None]:
-        """(number, piece) as they come; None whenever nothing came for `idle` seconds. Raises `ApiError`."""
+    def _call_later(self, name: str, seconds: float, work: Callable[..., None], *arguments: Any) -> None:
+        self._timers[name] = asyncio.get_running_loop().call_later(seconds, work, *arguments)
+
+    def _beat(self, seconds: float) -> None:
+        self._events.put_nowait(None)
+        self._call_later("beat", seconds, self._beat, seconds)
+
+    async def pieces(self, beat: float | None = None) -> AsyncIterator[tuple[int, Piece] | None]:
+        """(number, piece) as they come; None every `beat` seconds. Raises `ApiError`, also when the time is over.
+
+        The time is a timer's matter: `asyncio.wait_for` around every piece would cost more, and before Python 3.12 it
+        may swallow a cancellation that comes together with a piece.
+        """
+        if beat is not None:
+            self._call_later("beat", beat, self._beat, beat)
         clocks = [TokenClock(self._metrics) for _ in self._requests]
-        ended: set[int] = set()
-        while len(ended) < len(clocks):
-            if self.time_left <= 0:
-                raise timed_out(self._limit)
-            arrived = await self._next(self.time_left if idle is None else min(idle, self.time_left))
-            if arrived is None:
-                yield None
-                continue
-            index, event = arrived
+        left = len(clocks)
+        while left:
+            event = await self._events.get()
             if isinstance(event, ApiError):
                 raise event
             if event is None:
-                ended.add(index)
+                yield None
                 continue
-            clocks[index].tokens(len(event.token_ids))
-            yield index, event
-
-    async def _next(self, seconds: float) -> tuple[int, Piece | ApiError | None] | None:
-        """The next event, None if there is none for so long.
-
-        Not `asyncio.wait_for`, which before Python 3.12 may swallow a cancellation that comes together with an event.
-        """
-        if self._getting is None:
-            self._getting = asyncio.ensure_future(self._events.get())
-        await asyncio.wait({self._getting}, timeout=seconds)
-        if not self._getting.done():
-            return None
-        getting, self._getting = self._getting, None
-        return getting.result()
+            index, piece = event
+            if piece is None:
+                left -= 1
+                continue
+            clocks[index].tokens(len(piece.token_ids))
+            yield index, piece
 
     def close(self) -> None:
         """Free the slots and the places in the queue; does nothing the second time."""
         for request in self._requests:
             request.cancel()
-        for task in (*self._pumps, self._getting):
-            if task is not None:
-                task.cancel()
+        for pump in self._pumps:
+            pump.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
         self._metrics.cached_tokens.inc(sum(request.cached_tokens for request in self._requests))
         self._requests, self._pumps = [], []
         self._admission.leave(self)
