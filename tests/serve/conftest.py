@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import httpx2
 import openai
 import pytest
 
@@ -199,6 +200,7 @@ class Served:
             time.sleep(0.005)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx2.Client(timeout=30)
 
     @property
     def admission(self):
@@ -215,6 +217,7 @@ class Served:
         self.server.handle_exit(signal.SIGTERM, None)
 
     def stop(self) -> None:
+        self.http.close()
         self.engine.close()
         self.server.should_exit = True
         self.thread.join(30)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import httpx2
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from fewbit.serve.schemas import REFUSED_CHAT, REFUSED_COMPLETION, ChatRequest, CompletionRequest
 from fewbit.serve.settings import Settings
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -129,6 +132,25 @@ def test_bodies_that_are_no_request(shared, body):
     answer = httpx2.post(shared.url + COMPLETIONS, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     check(answer, 400, answer.json()["error"]["code"], answer.json()["error"]["param"])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *REFUSED_CHAT, *REFUSED_COMPLETION})
+MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "content", "name"]), VALUES | st.just("user")), max_size=2)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.text(max_size=4) | VALUES, MESSAGES)
+def test_whatever_is_sent_gets_an_answer_or_an_error_in_shape(shared, fields, prompt, messages):
+    for route, body in ((COMPLETIONS, {"prompt": prompt, **fields}), (CHAT, {"messages": messages, **fields})):
+        answer = shared.http.post(shared.url + route, json={"max_tokens": 2, **body})
+        if answer.status_code != 200:
+            assert answer.status_code in (400, 404), answer.text
+            check(answer, answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["param"])
 
 
 def test_what_a_web_form_could_send_is_refused(shared):

@@ -158,6 +158,18 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(serve, until):
     until(lambda: served.admission.count == 0)
 
 
+def test_a_client_that_reads_nothing_is_let_go(serve, until, monkeypatch):
+    monkeypatch.setattr("fewbit.serve.streaming.STALLED_SECONDS", 0.1)
+    served = serve(Settings(request_timeout=1.0), script="word" * 200_000)
+    body = json.dumps({"prompt": "a", "max_tokens": 900, "stream": True, "logprobs": 0}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(head % len(body) + body)
+        until(lambda: served.admission.count == 1)
+        until(lambda: served.admission.count == 0)
+        until(lambda: served.engine.stats()["running"] == 0)
+
+
 def test_a_silent_stream_shows_signs_of_life(serve, monkeypatch):
     monkeypatch.setattr("fewbit.serve.answers.KEEP_ALIVE_SECONDS", 0.02)
     served = serve()

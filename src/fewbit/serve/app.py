@@ -97,21 +97,28 @@ class Service:
         return wanted or context - longest
 
     async def answer(
-        self, request: Request, body: GenerationRequest, tokenize: Callable[[], list[list[int]]], answer: Answer
+        self,
+        request: Request,
+        body: GenerationRequest,
+        prompts: int,
+        tokenize: Callable[[], list[list[int]]],
+        answer: Answer,
     ) -> Response:
-        """Run a request to its end, or give back the stream that will."""
+        """Run a request of so many prompts to its end, or give back the stream that will."""
         self.check_model(body.model)
         if body.choices > self.settings.max_choices:
             limit = self.settings.max_choices
             raise ApiError(400, f"this server gives up to {limit} choices", code="invalid_value", param="n")
-        # Before the work of reading a long prompt; `start` asks again.
-        self.admission.check(body.choices)
-        generation = Generation(
-            self.engine, self.admission, self.metrics, self.settings.request_timeout
-        )  # fmt: skip
-        prompts = await asyncio.to_thread(tokenize)
-        room = self.room(prompts, body.token_limit())
-        generation.start(prompts, [body.sampling(room, choice) for choice in range(body.choices)])
+        generation = Generation(self.engine, self.admission, self.metrics, self.settings.request_timeout)
+        # Before the prompt is read, which is work too.
+        generation.enter(prompts * body.choices)
+        try:
+            tokens = await asyncio.to_thread(tokenize)
+            room = self.room(tokens, body.token_limit())
+            generation.start(tokens, [body.sampling(room, choice) for choice in range(body.choices)])
+        except BaseException:
+            generation.close()
+            raise
         if body.stream:
             return EventStream(generation, lambda: answer.stream(generation, body.wants_usage))
         try:
@@ -184,17 +191,21 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         answer = CompletionAnswer(service.name, body.alternatives() is not None)
-        return await service.answer(
-            request, body, lambda: [service.tokens(prompt) for prompt in body.prompt], answer
-        )  # fmt: skip
+
+        def tokenize() -> list[list[int]]:
+            return [service.tokens(prompt) for prompt in body.prompt]
+
+        return await service.answer(request, body, len(body.prompt), tokenize, answer)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         messages = [message.for_template() for message in body.messages]
         answer = ChatAnswer(service.name, body.alternatives() is not None)
-        return await service.answer(
-            request, body, lambda: [service.tokens(service.engine.encode_chat(messages))], answer
-        )  # fmt: skip
+
+        def tokenize() -> list[list[int]]:
+            return [service.tokens(service.engine.encode_chat(messages))]
+
+        return await service.answer(request, body, 1, tokenize, answer)
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

@@ -56,8 +56,8 @@ class Admission:
     def count(self) -> int:
         return sum(count for count, _ in self._inside.values())
 
-    def check(self, count: int) -> None:
-        """Raise 400, 429 or 503 if `count` more sequences cannot come in."""
+    def enter(self, who: Abortable, count: int) -> None:
+        """Let in `count` sequences until `leave`, or raise 400, 429 or 503."""
         if self.draining:
             raise shutting_down()
         if count > self.capacity:
@@ -76,9 +76,6 @@ class Admission:
                 code="queue_full",
                 headers={"Retry-After": str(wait)},
             )
-
-    def enter(self, who: Abortable, count: int) -> None:
-        self.check(count)
         self._inside[who] = (count, time.monotonic())
 
     def leave(self, who: Abortable) -> None:

@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 class Generation:
     """The answers to one HTTP request: one sequence per prompt and choice, read as they come.
 
-    It counts against `admission` until `close`, which also cancels what still runs.
+    It counts against `admission` from `enter` to `close`, which also cancels what still runs.
     """
 
     def __init__(self, engine: Any, admission: Admission, metrics: Metrics, limit: float) -> None:
@@ -59,20 +59,19 @@ class Generation:
         firsts = self._requests[:: self._choices]
         return sum(request.prompt_tokens for request in firsts), sum(request.cached_tokens for request in firsts)
 
+    def enter(self, sequences: int) -> None:
+        """Take places in the queue; raises `ApiError` if there are not so many."""
+        self._admission.enter(self, sequences)
+
     def start(self, prompts: Sequence[list[int]], choices: Sequence[SamplingParams]) -> None:
         """Submit every prompt with every choice's parameters.
 
         A piece carries the number of its sequence: all choices of the first prompt, then those of the second.
         """
         self._choices = len(choices)
-        self._admission.enter(self, len(prompts) * len(choices))
-        try:
-            for prompt in prompts:
-                for params in choices:
-                    self._requests.append(self._engine.submit(prompt, params))
-        except BaseException:
-            self.close()
-            raise
+        for prompt in prompts:
+            for params in choices:
+                self._requests.append(self._engine.submit(prompt, params))
         self._call_later("end", self.time_left, self.abort, timed_out(self._limit))
         for index, request in enumerate(self._requests):
             self._metrics.prompt_tokens.inc(request.prompt_tokens)
