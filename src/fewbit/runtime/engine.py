@@ -137,9 +137,9 @@ class Request:
 class _Loop:
     """The thread behind an engine. It holds no reference to the engine, so that a forgotten engine ends it."""
 
-    def __init__(self, decoder: Decoder, draft: int) -> None:
+    def __init__(self, decoder: Decoder, draft: int, threads: int) -> None:
         self.decoder = decoder
-        self.scheduler = Scheduler(decoder, draft)
+        self.scheduler = Scheduler(decoder, draft, threads)
         self.busy_seconds = 0.0
         self._process = os.getpid()
         self._inbox: deque[Sequence] = deque()
@@ -246,7 +246,7 @@ class Engine:
         self.vocabulary = decoder.vocabulary
         self._slots = decoder.slots
         self._encoding = threading.Lock()
-        self._loop = _Loop(decoder, draft)
+        self._loop = _Loop(decoder, draft, threads or 0)
         self._close = weakref.finalize(self, self._loop.stop)
 
     def generate(
