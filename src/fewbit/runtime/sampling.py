@@ -33,7 +33,7 @@ class SamplingParams:
     likeliest are left out, in that order. `repetition_penalty` divides positive logits of tokens seen before (in the
     prompt, too) and multiplies negative ones. Without a `seed` every answer is another. `stop` strings end the answer
     and are no part of it. `logprobs` asks for each token's log-probability and those of that many alternatives, from
-    the model's own logits. `ignore_eos` goes on where the model would end. Raises `UsageError` for what is out of range.
+    the model's own logits. `ignore_eos` goes on where the model would end. Raises `UsageError` for what it refuses.
     """
 
     max_tokens: int = 128
