@@ -24,6 +24,7 @@ from fewbit.errors import UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
 from fewbit.runtime.decoder import Decoder, open_decoder
+from fewbit.runtime.engine import check_threads
 from fewbit.runtime.sampling import SamplingParams, sample_rows
 
 _LEAD = 16  # tokens of the prompt that decoding is measured behind
@@ -66,6 +67,7 @@ def run_bench(
     `bandwidth_share` is the part of the memory's speed, measured in the same run with the same threads, that decoding
     reads weights at; None where it cannot be known. `progress` takes (done, total) measurements.
     """
+    check_threads(threads)
     weight_bytes = bytes_per_token(path)
     slots = max(settings.batches)
     decoder, _ = open_decoder(

@@ -30,6 +30,13 @@ __all__ = ["Completion", "Engine", "Piece", "Request", "SamplingParams", "TokenL
 
 Prompt = str | Iterable[int]
 MAX_DRAFT = 64
+MAX_THREADS = 4096
+
+
+def check_threads(threads: int | None) -> None:
+    """`UsageError` for a number of threads that cannot be; None means all."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"threads must be between 1 and {MAX_THREADS}, not {threads}")
 
 
 class Request:
@@ -232,6 +239,9 @@ class Engine:
     ) -> None:
         if not 0 <= draft <= MAX_DRAFT:
             raise UsageError(f"draft must be between 0 and {MAX_DRAFT} tokens, not {draft}")
+        if context is not None and context < 2:
+            raise UsageError(f"the context must hold 2 tokens at least, not {context}")
+        check_threads(threads)
         if decoder is None:
             from fewbit.runtime.decoder import open_decoder
 
