@@ -87,10 +87,11 @@ inline void weigh(const AttentionJob& job, Seen seen, int64_t chunk, float* scor
         __builtin_memset(scores, 0, kCacheChunk * sizeof(float));
         return;
     }
-    for (int i = 0; i < kCacheChunk; ++i) {
-        const float scale = job.type == CacheType::int8 ? job.cache.key_scales[chunk * kCacheChunk + i] : 1.0f;
-        scores[i] = i >= seen.begin && i < seen.end ? scores[i] * scale : -__builtin_inff();
-    }
+    const bool scaled = job.type == CacheType::int8;
+    const float* value_scales = job.cache.value_scales + chunk * kCacheChunk;
+    for (int i = seen.begin; scaled && i < seen.end; ++i) scores[i] *= job.cache.key_scales[chunk * kCacheChunk + i];
+    for (int i = 0; i < seen.begin; ++i) scores[i] = -__builtin_inff();
+    for (int i = seen.end; i < kCacheChunk; ++i) scores[i] = -__builtin_inff();
     typename V::Floats v[count], highest = V::broadcast(most);
     for (int i = 0; i < count; ++i) {
         v[i] = V::load(scores + i * V::lanes);
@@ -110,8 +111,7 @@ inline void weigh(const AttentionJob& job, Seen seen, int64_t chunk, float* scor
         most = now;
     }
     sum += V::sum(added);
-    if (job.type == CacheType::int8)
-        for (int i = seen.begin; i < seen.end; ++i) scores[i] *= job.cache.value_scales[chunk * kCacheChunk + i];
+    for (int i = seen.begin; scaled && i < seen.end; ++i) scores[i] *= value_scales[i];
 }
 
 template <class V, class T>
