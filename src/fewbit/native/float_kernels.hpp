@@ -1,53 +1,43 @@
 // Dense products, norms, gates, rotary positions and writing to the cache, over V = Vectors.
 // Include inside an anonymous namespace only.
 
-// Dot products of R rows with T tokens: one sum per lane over the columns, then over the lanes.
-template <class V, int R, int T>
-inline void dense_tile(const DenseJob& job, int64_t row, int64_t token) {
-    typename V::Floats sums[R][T] = {};
+// Dot products of a panel's rows with T tokens: one sum each, over the columns in order.
+template <class V, int T>
+inline void dense_tile(const DenseJob& job, int64_t panel, int64_t token) {
+    constexpr int wide = kDenseRows / V::lanes, near = 32 * kDenseRows, far = 192 * kDenseRows;
+    typename V::Floats sums[T][wide] = {};
     const float* x = job.x + token * job.cols;
-    const uint16_t* weight = job.weight + row * job.cols;
-    const int64_t whole = job.cols / V::lanes * V::lanes;
-    for (int64_t col = 0; col < whole; col += V::lanes) {
-        typename V::Floats inputs[T];
-        for (int t = 0; t < T; ++t) inputs[t] = V::load(x + t * job.cols + col);
+    const uint16_t* weight = job.weight + panel * job.cols * kDenseRows;
+    for (int64_t col = 0; col < job.cols; ++col, weight += kDenseRows) {
+        if constexpr (T == 1) {
+            __builtin_prefetch(weight + near);
+            __builtin_prefetch(weight + far, 0, 2);
+        }
+        typename V::Floats w[wide];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            __builtin_prefetch(weight + r * job.cols + col + 512);
-            const auto w = V::load(weight + r * job.cols + col);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) sums[r][t] = w * inputs[t] + sums[r][t];
-        }
+        for (int i = 0; i < wide; ++i) w[i] = V::load(weight + i * V::lanes);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+            for (int i = 0; i < wide; ++i) sums[t][i] = x[t * job.cols + col] * w[i] + sums[t][i];
     }
-    for (int t = 0; t < T; ++t)
-        for (int r = 0; r < R; ++r) {
-            float sum = V::sum(sums[r][t]);
-            for (int64_t col = whole; col < job.cols; ++col) {
-                const uint32_t bits = static_cast<uint32_t>(weight[r * job.cols + col]) << 16;
-                float w;
-                __builtin_memcpy(&w, &bits, 4);
-                sum = w * x[t * job.cols + col] + sum;
-            }
-            job.out[(token + t) * job.rows + row + r] = job.bias ? sum + job.bias[row + r] : sum;
-        }
-}
-
-template <class V, int R>
-inline void dense_rows(const DenseJob& job, int64_t row) {
-    constexpr int T = 4;
-    int64_t token = 0;
-    for (; token + T <= job.tokens; token += T) dense_tile<V, R, T>(job, row, token);
-    for (; token < job.tokens; ++token) dense_tile<V, R, 1>(job, row, token);
+    const int64_t row = panel * kDenseRows, left = job.rows - row, count = left < kDenseRows ? left : kDenseRows;
+    for (int t = 0; t < T; ++t) {
+        float lane[kDenseRows];
+        for (int i = 0; i < wide; ++i) V::store(lane + i * V::lanes, sums[t][i]);
+        float* out = job.out + (token + t) * job.rows + row;
+        for (int64_t i = 0; i < count; ++i) out[i] = job.bias ? lane[i] + job.bias[row + i] : lane[i];
+    }
 }
 
 template <class V>
-void dense(const DenseJob& job, int64_t unit) {
-    const int64_t end = (unit + 1) * kDenseRows < job.rows ? (unit + 1) * kDenseRows : job.rows;
-    int64_t row = unit * kDenseRows;
-    if (job.tokens < 4)
-        for (; row + 8 <= end; row += 8) dense_rows<V, 8>(job, row);
-    for (; row + 4 <= end; row += 4) dense_rows<V, 4>(job, row);
-    for (; row < end; ++row) dense_rows<V, 1>(job, row);
+void dense(const DenseJob& job, int64_t panel) {
+    // As many sums as registers hold; the narrower ones are for what is left.
+    constexpr int most = V::lanes == 16 ? 8 : 2;
+    int64_t token = 0;
+    for (; token + most <= job.tokens; token += most) dense_tile<V, most>(job, panel, token);
+    for (; token + 2 <= job.tokens; token += 2) dense_tile<V, 2>(job, panel, token);
+    for (; token < job.tokens; ++token) dense_tile<V, 1>(job, panel, token);
 }
 
 // The sum of squares in vectors, the rest one by one.

@@ -31,15 +31,17 @@ struct CacheHead {
     float* value_scales;
 };
 
-// out = x W^T + bias with W bfloat16 as its bits.
+constexpr int kDenseRows = 32;                    // rows of a panel
+
+// out = x W^T + bias with W bfloat16 as its bits, in panels whose rows stand side by side for every column, so that a
+// product reads one stream.
 struct DenseJob {
     const float* x;                               // [tokens, cols]
-    const uint16_t* weight;                       // [rows, cols]
+    const uint16_t* weight;                       // [ceil(rows / kDenseRows), cols, kDenseRows]
     const float* bias;                            // [rows] or null
     float* out;                                   // [tokens, rows]
     int64_t tokens, rows, cols;
 };
-constexpr int kDenseRows = 16;                    // rows of a unit of work
 
 // One token: norms of its heads' queries and keys if there are any, rotary positions, and its key and value written.
 struct RopeJob {
@@ -83,7 +85,7 @@ struct alignas(64) AttentionScratch {
 };
 
 struct FloatKernels {
-    void (*dense)(const DenseJob& job, int64_t unit);
+    void (*dense)(const DenseJob& job, int64_t panel);
     // out = x / sqrt(mean(x^2) + eps) * weight for one token.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t cols, float* out);
     // x += y

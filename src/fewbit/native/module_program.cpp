@@ -21,7 +21,7 @@ namespace {
 
 using Vector = Array<const float, 1>;
 using Table = Array<const float, 2>;
-using Halves = Array<const uint16_t, 2>;
+using Panels = Array<const uint16_t, 3>;         // of dense matrices: see DenseJob
 using Integers = Array<const int32_t, 1>;
 using Matrices = std::vector<const Matrix*>;
 
@@ -59,9 +59,10 @@ public:
         return program_->add_buffer(cols);
     }
 
-    void embed_dense(const Halves& table, float multiplier, int out) {
+    void embed_dense(const Panels& table, int64_t rows, float multiplier, int out) {
         const int64_t cols = static_cast<int64_t>(table.shape(1));
-        require_rows(static_cast<int64_t>(table.shape(0)));
+        require_panels(table, rows);
+        require_rows(rows);
         require_buffer(out, cols);
         keep(table);
         add<EmbedDense>(table.data(), cols, multiplier, out);
@@ -129,12 +130,14 @@ public:
         add<TwinLinears>(*program_, inputs_, std::move(first), std::move(second), outs);
     }
 
-    void dense_linears(int input, const std::vector<Halves>& weights, const std::vector<std::optional<Vector>>& biases,
-                       const std::vector<int>& outs) {
-        require(weights.size() == outs.size() && biases.size() == outs.size(), "every matrix needs its bias and output");
+    void dense_linears(int input, const std::vector<Panels>& weights, const std::vector<int64_t>& sizes,
+                       const std::vector<std::optional<Vector>>& biases, const std::vector<int>& outs) {
+        require(weights.size() == outs.size() && sizes.size() == outs.size() && biases.size() == outs.size(),
+                "every matrix needs its number of rows, its bias and its output");
         std::vector<DenseJob> jobs;
         for (size_t i = 0; i < weights.size(); ++i) {
-            const int64_t rows = static_cast<int64_t>(weights[i].shape(0)), cols = static_cast<int64_t>(weights[i].shape(1));
+            const int64_t rows = sizes[i], cols = static_cast<int64_t>(weights[i].shape(1));
+            require_panels(weights[i], rows);
             require_buffer(input, cols);
             require_buffer(outs[i], rows);
             if (biases[i]) require_length("bias", *biases[i], rows);
@@ -281,6 +284,12 @@ private:
         require(in_range(layer, program_->shape().layers), "there is no layer " + std::to_string(layer));
     }
 
+    static void require_panels(const Panels& panels, int64_t rows) {
+        require(rows >= 1 && static_cast<int64_t>(panels.shape(0)) == (rows + kDenseRows - 1) / kDenseRows &&
+                    panels.shape(2) == kDenseRows,
+                "a dense matrix must be [ceil(N / 32), K, 32]");
+    }
+
     void require_rows(int64_t rows) const {
         require(rows >= program_->shape().vocabulary, "the table must have a row for every token");
     }
@@ -318,7 +327,7 @@ void bind_program(nb::module_& m) {
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int, int, int, const std::string&, int64_t, int>(), "block"_a,
              "slots"_a, "context"_a, "layers"_a, "heads"_a, "kv_heads"_a, "dim"_a, "cache"_a, "vocabulary"_a, "threads"_a)
         .def("buffer", &PyProgram::buffer, "cols"_a, "A new buffer [block, cols]; its index. Index -1 is the logits.")
-        .def("embed_dense", &PyProgram::embed_dense, "table"_a.noconvert(), "multiplier"_a, "out"_a)
+        .def("embed_dense", &PyProgram::embed_dense, "table"_a.noconvert(), "rows"_a, "multiplier"_a, "out"_a)
         .def("embed_packed", &PyProgram::embed_packed, "table"_a, "signs"_a.noconvert().none(), "block"_a, "multiplier"_a,
              "out"_a)
         .def("set_inputs", &PyProgram::set_inputs, "input"_a, "block"_a, "group"_a, "act_bits"_a,
@@ -328,7 +337,7 @@ void bind_program(nb::module_& m) {
         .def("after_gate", &PyProgram::after_gate, "up"_a, "activation"_a, "activation(inputs) * up before that.")
         .def("linears", &PyProgram::linears, "matrices"_a, "outs"_a)
         .def("twin_linears", &PyProgram::twin_linears, "down"_a, "both"_a, "outs"_a)
-        .def("dense_linears", &PyProgram::dense_linears, "input"_a, "weights"_a, "biases"_a, "outs"_a)
+        .def("dense_linears", &PyProgram::dense_linears, "input"_a, "weights"_a, "rows"_a, "biases"_a, "outs"_a)
         .def("norm", &PyProgram::norm, "input"_a, "weight"_a.noconvert(), "eps"_a, "out"_a, "added"_a)
         .def("add", &PyProgram::add_to, "x"_a, "y"_a)
         .def("gate", &PyProgram::gate, "gate"_a, "up"_a, "activation"_a, "out"_a)

@@ -103,9 +103,10 @@ void join(const T* a, int64_t first, const T* b, int64_t second, int64_t token, 
 void EmbedDense::run(Forward& forward) {
     float* out = forward.buffer(out_);
     for_rows(forward.rows, cols_, [&](int64_t row, int) {
-        const uint16_t* from = table_ + forward.tokens[row] * cols_;
+        const int64_t token = forward.tokens[row];
+        const uint16_t* from = table_ + token / kDenseRows * cols_ * kDenseRows + token % kDenseRows;
         for (int64_t col = 0; col < cols_; ++col) {
-            const uint32_t bits = static_cast<uint32_t>(from[col]) << 16;
+            const uint32_t bits = static_cast<uint32_t>(from[col * kDenseRows]) << 16;
             float value;
             std::memcpy(&value, &bits, 4);
             out[row * cols_ + col] = value * multiplier_;
@@ -193,7 +194,7 @@ void DenseLinears::run(Forward& forward) {
         if (job.tokens == 0) continue;
         const int64_t work = job.tokens * job.rows * job.cols;
         fewbit::run(threads_for(work, kMultiplications), (job.rows + kDenseRows - 1) / kDenseRows,
-                    [&](int64_t unit, int) { forward.floats.dense(job, unit); });
+                    [&](int64_t panel, int) { forward.floats.dense(job, panel); });
     }
 }
 

@@ -8,7 +8,7 @@
 
 namespace fewbit {
 
-// Rows of a bfloat16 table [vocabulary, cols] times a number.
+// Rows of a bfloat16 table [vocabulary, cols], in the panels of DenseJob, times a number.
 class EmbedDense : public Step {
 public:
     EmbedDense(const uint16_t* table, int64_t cols, float multiplier, int out)

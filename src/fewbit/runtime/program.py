@@ -96,7 +96,7 @@ class Lowering:
         table = self.weights.linear(self.family.embed)
         scale = self.shape.embedding_scale
         if isinstance(table, Dense):
-            self.program.embed_dense(table.weight, scale, x)
+            self.program.embed_dense(table.panels, table.rows, scale, x)
             return
         if table.inputs.shift is not None:
             raise CannotLower("an embedding in twinquant has no native step")
@@ -159,7 +159,7 @@ class Lowering:
         normed, logits = self._buffer("normed", hidden), self._buffer("router", router.rows)
         gathered, result = self._buffer("gathered", hidden), self._buffer("result", hidden)
         self.program.norm(x, norm.weight, norm.eps, normed, False)
-        self.program.dense_linears(normed, [router.weight], [router.bias], [logits])
+        self._dense_step(normed, [(router, logits)])
         shape = self.shape
         self.program.experts(normed, logits, gathered, result, y, shape.experts_per_token, shape.normalized_experts)
         for expert in range(router.rows):
@@ -187,7 +187,7 @@ class Lowering:
         normed, turned = self._buffer("normed", shape.hidden), self._buffer("turned", shape.hidden)
         self.program.norm(wanted, norm.weight, norm.eps, normed, False)
         matrix = self.weights.dense(self.weights.vector(rotation).T.contiguous(), None)
-        self.program.dense_linears(normed, [matrix.weight], [None], [turned])
+        self._dense_step(normed, [(matrix, turned)])
         self._linears(turned, None, [head], [LOGITS])
 
     def _linears(self, x: int, before: _Norm | _Gate | None, names: list[str], outs: list[int]) -> None:
@@ -215,9 +215,12 @@ class Lowering:
             x = normed
         elif before is not None:
             self.program.gate(x, before.up, before.activation, x)
-        weights = [linear.weight for linear, _ in group if isinstance(linear, Dense)]
-        biases = [linear.bias for linear, _ in group if isinstance(linear, Dense)]
-        self.program.dense_linears(x, weights, biases, [out for _, out in group])
+        self._dense_step(x, [(linear, out) for linear, out in group if isinstance(linear, Dense)])
+
+    def _dense_step(self, x: int, group: list[tuple[Dense, int]]) -> None:
+        matrices = [matrix for matrix, _ in group]
+        panels, rows = [matrix.panels for matrix in matrices], [matrix.rows for matrix in matrices]
+        self.program.dense_linears(x, panels, rows, [matrix.bias for matrix in matrices], [out for _, out in group])
 
     def _packed(self, x: int, before: _Norm | _Gate | None, group: list[tuple[Linear, int]]) -> None:
         packed = [linear for linear, _ in group if isinstance(linear, Packed)]

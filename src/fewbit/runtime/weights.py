@@ -24,6 +24,8 @@ from fewbit.formats.twinquant import both_spec, down_spec
 from fewbit.ops.cpu import native_matrix
 from fewbit.ops.layouts import place
 
+PANEL = 32  # rows of a dense matrix that stand side by side
+
 
 class CannotLower(FewbitError):
     """A model that programs do not know; the message says why."""
@@ -58,18 +60,13 @@ class Packed:
 
 @dataclass(frozen=True)
 class Dense:
-    """A bfloat16 matrix `[rows, cols]`, as its bits, with a bias float32 `[rows]` or None."""
+    """A bfloat16 matrix `[rows, cols]` in panels of 32 rows that stand side by side, as its bits uint16
+    `[ceil(rows / 32), cols, 32]`, with a bias float32 `[rows]` or None."""
 
-    weight: torch.Tensor
+    rows: int
+    cols: int
+    panels: torch.Tensor
     bias: torch.Tensor | None
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def cols(self) -> int:
-        return self.weight.shape[1]
 
 
 Linear = Packed | Dense
@@ -121,7 +118,15 @@ class Weights(ABC):
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Dense:
         """A matrix of any float dtype, kept in bfloat16."""
-        return Dense(self.huge(weight.to(torch.bfloat16)).view(torch.uint16), bias)
+        rows, cols = weight.shape
+        count = -(-rows // PANEL)
+        memory = self.native.huge_bytes(2 * count * PANEL * cols).view(torch.bfloat16).view(count, cols, PANEL)
+        whole = rows // PANEL
+        memory[:whole] = weight[: whole * PANEL].view(whole, PANEL, cols).transpose(1, 2)
+        if whole < count:
+            memory[whole] = 0
+            memory[whole, :, : rows % PANEL] = weight[whole * PANEL :].T
+        return Dense(rows, cols, memory.view(torch.uint16), bias)
 
 
 class PlainWeights(Weights):
