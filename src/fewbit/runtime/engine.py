@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from fewbit.errors import EngineError, UsageError
 from fewbit.runtime.decoder import Decoder
@@ -259,12 +259,18 @@ class Engine:
         self._loop = _Loop(decoder, draft, threads or 0)
         self._close = weakref.finalize(self, self._loop.stop)
 
+    @overload
+    def generate(self, prompts: str | list[int], params: SamplingParams | None = None) -> Completion: ...
+
+    @overload
     def generate(
-        self, prompts: Prompt | list[Prompt], params: SamplingParams | None = None
-    ) -> Completion | list[Completion]:
+        self, prompts: list[str] | list[list[int]] | list[Prompt], params: SamplingParams | None = None
+    ) -> list[Completion]: ...
+
+    def generate(self, prompts: Any, params: SamplingParams | None = None) -> Completion | list[Completion]:
         """Answer one prompt (text, or token ids) or a list of them, together."""
         if isinstance(prompts, str) or not isinstance(prompts, list) or (prompts and isinstance(prompts[0], int)):
-            return self.submit(prompts, params).result()  # type: ignore[arg-type]
+            return self.submit(prompts, params).result()
         requests: list[Request] = []
         try:
             requests += (self.submit(prompt, params) for prompt in prompts)
