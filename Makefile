@@ -27,6 +27,7 @@ lint: $(STAMP)  ## Check style and types
 	$(BIN)/mypy
 
 test: lint  ## Check style and types, then run the fast tests
+	@sh scripts/browser.sh
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-slow: $(STAMP)  ## Run the tests on the real model (fetched once, some 100 MB)

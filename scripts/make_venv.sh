@@ -50,4 +50,4 @@ pip() {
 echo "Installing fewbit into .venv with $("$python" --version) (torch alone is some 200 MB)"
 # The build tools first: building without isolation keeps them, too, at the versions of constraints.txt.
 pip scikit-build-core nanobind cmake ninja
-pip --no-build-isolation -e '.[demo,dev]'
+pip --no-build-isolation -e '.[demo,serve,dev]'

@@ -28,6 +28,7 @@ from fewbit.console import (
     table,
 )
 from fewbit.errors import FewbitError, UsageError
+from fewbit.serve.command import serve
 
 if TYPE_CHECKING:
     from fewbit.pipeline.options import QuantizeOptions
@@ -329,6 +330,9 @@ def info(json_: o.Json = False) -> None:
     for key, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         stdout.print(f"{key.replace('_', ' '):<22} {text}")
+
+
+app.command()(serve)
 
 
 def _version(value: bool) -> None:

@@ -89,15 +89,12 @@ def test_saving_again_writes_the_same_tensors(checkpoints, tmp_path):
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in packed)
 
 
-def test_generation_continues_a_prompt(checkpoints):
-    from fewbit.generation import stream_text
-
+def test_transformers_continues_a_prompt_with_packed_weights(checkpoints):
     model, tokenizer = load(checkpoints / "tied")
-    pieces: list[str] = []
-    result = stream_text(model, tokenizer, "the quick", max_tokens=12, on_text=pieces.append)
-    assert result.tokens == 12
-    assert result.prompt_tokens == 9
-    assert "".join(pieces) == result.text
+    ids = tokenizer("the quick", return_tensors="pt")["input_ids"]
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert answer.shape == (1, 9 + 12)
+    assert torch.equal(answer[:, :9], ids)
 
 
 def test_a_module_that_the_model_lacks_is_refused(checkpoints, tmp_path):

@@ -1,5 +1,6 @@
-// Draws tokens from logits in a few passes over them: what lies outside top_k and top_p is found by counting tokens (and
-// adding up probability) by their distance from the likeliest, so that no more than one bin of them is ever sorted.
+// Draws tokens from logits in a few passes over them. Where settings leave tokens out, those near the likeliest one are
+// picked first, and nearly always nothing else is looked at again; the border of top_p is found by adding up probability
+// by distance from the likeliest, so that no more than one bin of tokens is ever sorted.
 #include "sampling.hpp"
 
 #include <algorithm>
@@ -17,14 +18,14 @@ constexpr int kLanes = 16;        // independent sums and maxima, for vector reg
 constexpr int64_t kBlock = 256;   // tokens whose weights are added up together
 constexpr int kBins = 2048;       // the last one takes everything farther away
 constexpr float kBinsPerUnit = 64.0f;
-constexpr int64_t kGrain = 1 << 18;
+constexpr int64_t kGrain = 1 << 18;  // logits that are worth waking threads for
+constexpr float kReaches[] = {6.0f, 14.0f, std::numeric_limits<float>::infinity()};  // in units of the exponent
 
 // Kept from call to call: a draw allocates nothing once its thread has seen the vocabulary.
 struct Scratch {
     std::vector<float> weights, saved;
     std::vector<double> blocks;
-    std::vector<int32_t> ids;
-    int32_t count[kBins];
+    std::vector<int32_t> picked, pool, order;
     double mass[kBins];
 };
 
@@ -40,9 +41,9 @@ inline float exp_negative(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits;
+    uint32_t bits;
     std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits - 0x4B400000 + 127) << 23;
+    bits = (bits - 0x4B400000u + 127u) << 23;
     float power;
     std::memcpy(&power, &bits, sizeof power);
     return x < -87.0f ? 0.0f : p * power;
@@ -77,7 +78,7 @@ Best find_best(const float* x, int64_t count) {
     return best;
 }
 
-// One row while it is drawn: a token's distance is how far its logit lies below the best one.
+// One row while it is drawn. Tokens stand in the order of likelihood, of equal ones the lower id first.
 class Row {
 public:
     Row(const float* logits, int64_t vocabulary, float best, const SampleSettings& settings, Scratch& scratch)
@@ -86,52 +87,37 @@ public:
           floor_(settings.min_p > 0 ? std::log(settings.min_p) : -std::numeric_limits<double>::infinity()) {}
 
     int32_t draw() {
-        const bool k = settings_.top_k > 0 && settings_.top_k < static_cast<double>(vocabulary_);
-        const bool p = settings_.top_p < 1;
-        if (!k && !p && settings_.min_p == 0) return draw_from_all();
-        if (k || p) {
-            count_bins(p);
-            if (k) cut_at_rank(static_cast<int64_t>(settings_.top_k));
-            if (p) cut_at_mass();
+        const bool ranked = settings_.top_k > 0 && settings_.top_k < static_cast<double>(vocabulary_);
+        const bool massed = settings_.top_p < 1;
+        if (!ranked && !massed && settings_.min_p == 0) return draw_from_all();
+        const size_t rank = ranked ? static_cast<size_t>(settings_.top_k) : 0;
+        double target = massed && !ranked ? settings_.top_p * weigh_all() : 0;
+        collect(rank, target);
+        if (ranked) keep_rank(rank);
+        if (massed) {
+            if (ranked) target = settings_.top_p * pool_mass();
+            keep_mass(target);
         }
-        return draw_from_kept();
+        return draw_from_pool();
     }
 
 private:
     float weight(float logit) const { return exp_negative((logit - best_) * inverse_); }
 
-    int bin(float logit) const {
-        const float place = (best_ - logit) * scale_;
-        return place < kBins - 1 ? static_cast<int>(place) : kBins - 1;
-    }
-
     bool before(int32_t a, int32_t b) const {
         return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b);
     }
 
-    bool kept(int32_t token) const { return last_ < 0 || !before(last_, token); }
-
-    int32_t draw_from_all() {
+    // The weights of all tokens, added up in blocks; returns the whole sum.
+    double weigh_all() {
         std::vector<float>& weights = scratch_.weights;
         std::vector<double>& blocks = scratch_.blocks;
-        const int64_t count = (vocabulary_ + kBlock - 1) / kBlock;
         weights.resize(static_cast<size_t>(vocabulary_));
-        blocks.resize(static_cast<size_t>(count));
+        blocks.resize(static_cast<size_t>((vocabulary_ + kBlock - 1) / kBlock));
         for (int64_t i = 0; i < vocabulary_; ++i) weights[i] = exp_negative((logits_[i] - best_) * inverse_);
         double total = 0;
-        for (int64_t b = 0; b < count; ++b) total += blocks[b] = block_sum(b);
-        double target = settings_.uniform * total;
-        int64_t b = 0;
-        for (; b + 1 < count && blocks[b] <= target; ++b) target -= blocks[b];
-        // The loop's differences round: where they lead past the end, the last token with any weight is meant.
-        int64_t found = -1;
-        for (int64_t i = b * kBlock; i < std::min(vocabulary_, (b + 1) * kBlock); ++i) {
-            if (weights[i] > 0) found = i;
-            if (weights[i] > target) break;
-            target -= weights[i];
-        }
-        while (found < 0) found = last_weight(--b);
-        return static_cast<int32_t>(found);
+        for (size_t b = 0; b < blocks.size(); ++b) total += blocks[b] = block_sum(static_cast<int64_t>(b));
+        return total;
     }
 
     double block_sum(int64_t block) const {
@@ -147,81 +133,107 @@ private:
         return sum;
     }
 
-    void count_bins(bool with_mass) {
-        std::fill_n(scratch_.count, kBins, 0);
-        scale_ = kBinsPerUnit / static_cast<float>(std::max(1.0, settings_.temperature));
-        for (int64_t i = 0; i < vocabulary_; ++i) ++scratch_.count[bin(logits_[i])];
-        if (!with_mass) return;
-        std::fill_n(scratch_.mass, kBins, 0.0);
-        scratch_.weights.resize(static_cast<size_t>(vocabulary_));
-        for (int64_t i = 0; i < vocabulary_; ++i) scratch_.weights[i] = weight(logits_[i]);
-        for (int64_t i = 0; i < vocabulary_; ++i) scratch_.mass[bin(logits_[i])] += scratch_.weights[i];
+    int32_t draw_from_all() {
+        double target = settings_.uniform * weigh_all();
+        const std::vector<float>& weights = scratch_.weights;
+        const std::vector<double>& blocks = scratch_.blocks;
+        int64_t b = 0;
+        for (; b + 1 < static_cast<int64_t>(blocks.size()) && blocks[b] <= target; ++b) target -= blocks[b];
+        // The differences round: where they lead past the end, the last token with any weight is meant.
+        int64_t found = -1;
+        for (int64_t i = b * kBlock; i < std::min(vocabulary_, (b + 1) * kBlock); ++i) {
+            if (weights[i] > 0) found = i;
+            if (weights[i] > target) break;
+            target -= weights[i];
+        }
+        for (int64_t i = b * kBlock; found < 0; --i)
+            if (weights[i] > 0) found = i;
+        return static_cast<int32_t>(found);
     }
 
-    // Tokens of one bin that are kept so far.
-    std::vector<int32_t>& gather(int wanted) {
-        scratch_.ids.clear();
-        for (int32_t i = 0; i < vocabulary_; ++i)
-            if (bin(logits_[i]) == wanted && kept(i)) scratch_.ids.push_back(i);
-        return scratch_.ids;
-    }
-
-    void cut_at_rank(int64_t rank) {
-        int b = 0;
-        for (; scratch_.count[b] < rank; ++b) rank -= scratch_.count[b];
-        std::vector<int32_t>& ids = gather(b);
-        std::nth_element(ids.begin(), ids.begin() + (rank - 1), ids.end(),
-                         [this](int32_t x, int32_t y) { return before(x, y); });
-        last_ = ids[static_cast<size_t>(rank - 1)];
-        last_bin_ = b;
-        if (settings_.top_p < 1) {
-            double mass = 0;
-            for (int64_t i = 0; i < rank; ++i) mass += scratch_.weights[ids[i]];
-            scratch_.mass[b] = mass;
+    // The pool: all tokens within a distance that surely holds `rank` tokens, or the weight `mass`, or all above min_p.
+    void collect(size_t rank, double mass) {
+        // A low temperature makes all tokens but a few unlikely, and ranks them as before.
+        const float unit = static_cast<float>(rank ? std::max(1.0, settings_.temperature) : settings_.temperature);
+        for (const float reach : kReaches) {
+            pick(best_ - reach * unit);
+            if (rank ? scratch_.pool.size() >= rank : mass > 0 ? pool_mass() >= mass : floor_ > -reach) return;
         }
     }
 
-    void cut_at_mass() {
-        double total = 0;
-        for (int b = 0; b <= last_bin_; ++b) total += scratch_.mass[b];
-        double target = settings_.top_p * total;
-        int b = 0;
-        for (; b < last_bin_ && scratch_.mass[b] < target; ++b) target -= scratch_.mass[b];
-        while (b > 0 && scratch_.count[b] == 0) --b;
-        std::vector<int32_t>& ids = gather(b);
-        std::sort(ids.begin(), ids.end(), [this](int32_t x, int32_t y) { return before(x, y); });
-        for (const int32_t token : ids) {
-            last_ = token;
-            target -= scratch_.weights[token];
-            if (target <= 0) break;
-        }
-    }
-
-    int32_t draw_from_kept() {
-        std::vector<int32_t>& ids = scratch_.ids;
-        std::vector<float>& weights = scratch_.weights;
-        ids.clear();
-        weights.clear();
-        double total = 0;
+    void pick(float low) {
+        std::vector<int32_t>& picked = scratch_.picked;
+        picked.resize(static_cast<size_t>(vocabulary_) + 1);
+        size_t count = 0;
         for (int32_t i = 0; i < vocabulary_; ++i) {
-            if (!kept(i)) continue;
-            const double exponent = (static_cast<double>(logits_[i]) - best_) / settings_.temperature;
-            if (exponent < floor_) continue;
-            ids.push_back(i);
-            weights.push_back(weight(logits_[i]));
-            total += weights.back();
+            picked[count] = i;
+            count += logits_[i] >= low;
         }
-        const double target = settings_.uniform * total;
-        double sum = 0;
-        for (size_t i = 0; i + 1 < ids.size(); ++i)
-            if ((sum += weights[i]) > target) return ids[i];
-        return ids.back();
+        scratch_.pool.assign(picked.begin(), picked.begin() + static_cast<int64_t>(count));
     }
 
-    int64_t last_weight(int64_t block) const {
-        int64_t i = std::min(vocabulary_, (block + 1) * kBlock) - 1;
-        while (i > block * kBlock && scratch_.weights[i] == 0) --i;
-        return scratch_.weights[i] > 0 ? i : -1;
+    double pool_mass() const {
+        double sum = 0;
+        for (const int32_t token : scratch_.pool) sum += weight(logits_[token]);
+        return sum;
+    }
+
+    void keep_until(int32_t last) {
+        std::vector<int32_t>& pool = scratch_.pool;
+        pool.erase(std::remove_if(pool.begin(), pool.end(), [&](int32_t token) { return before(last, token); }), pool.end());
+    }
+
+    void keep_rank(size_t rank) {
+        if (rank >= scratch_.pool.size()) return;
+        std::vector<int32_t>& order = scratch_.order;
+        order = scratch_.pool;
+        std::nth_element(order.begin(), order.begin() + (rank - 1), order.end(),
+                         [this](int32_t a, int32_t b) { return before(a, b); });
+        keep_until(order[rank - 1]);
+    }
+
+    int bin(float logit) const {
+        const float place = (best_ - logit) * inverse_ * kBinsPerUnit;
+        return place < kBins - 1 ? static_cast<int>(place) : kBins - 1;
+    }
+
+    void keep_mass(double target) {
+        std::fill_n(scratch_.mass, kBins, 0.0);
+        int last_bin = 0;
+        for (const int32_t token : scratch_.pool) {
+            const int b = bin(logits_[token]);
+            scratch_.mass[b] += weight(logits_[token]);
+            last_bin = std::max(last_bin, b);
+        }
+        int border = 0;
+        for (; border < last_bin && scratch_.mass[border] < target; ++border) target -= scratch_.mass[border];
+        std::vector<int32_t>& order = scratch_.order;
+        order.clear();
+        for (const int32_t token : scratch_.pool)
+            if (bin(logits_[token]) == border) order.push_back(token);
+        if (order.empty()) return;  // rounding led past the last token
+        std::sort(order.begin(), order.end(), [this](int32_t a, int32_t b) { return before(a, b); });
+        size_t last = 0;
+        for (; last + 1 < order.size(); ++last)
+            if ((target -= weight(logits_[order[last]])) <= 0) break;
+        keep_until(order[last]);
+    }
+
+    int32_t draw_from_pool() {
+        std::vector<int32_t>& pool = scratch_.pool;
+        const auto below = [this](int32_t token) {
+            return (static_cast<double>(logits_[token]) - best_) / settings_.temperature < floor_;
+        };
+        if (settings_.min_p > 0) pool.erase(std::remove_if(pool.begin(), pool.end(), below), pool.end());
+        const double target = settings_.uniform * pool_mass();
+        double sum = 0;
+        int32_t found = pool.front();
+        for (const int32_t token : pool) {
+            const float own = weight(logits_[token]);
+            if (own > 0) found = token;
+            if ((sum += own) > target) break;
+        }
+        return found;
     }
 
     const float* logits_;
@@ -231,9 +243,6 @@ private:
     Scratch& scratch_;
     const float inverse_;
     const double floor_;
-    float scale_ = 0;
-    int32_t last_ = -1;  // the least likely token that is kept; -1: all are
-    int last_bin_ = kBins - 1;
 };
 
 int32_t sample_row(float* logits, int64_t vocabulary, const SampleSettings& settings, const int32_t* seen,
@@ -262,7 +271,8 @@ int32_t sample_row(float* logits, int64_t vocabulary, const SampleSettings& sett
 }  // namespace
 
 void sample(const SampleJob& job) {
-    parallel_for(threads_for(job.rows * job.vocabulary, kGrain), job.rows, [&](int64_t row, int) {
+    const int all = job.threads ? job.threads : num_threads();
+    parallel_for(job.rows * job.vocabulary < kGrain ? 1 : all, job.rows, [&](int64_t row, int) {
         thread_local Scratch scratch;
         const int64_t start = row ? job.ends[row - 1] : 0;
         job.tokens[row] = sample_row(job.logits + row * job.vocabulary, job.vocabulary, job.settings[row],

@@ -61,15 +61,19 @@ class Counts:
 
 
 class Scheduler:
-    """Runs sequences over one decoder, in one thread. `draft` is the most tokens guessed ahead, 0: none."""
+    """Runs sequences over one decoder, in one thread.
 
-    def __init__(self, decoder: Decoder, draft: int = 0) -> None:
+    `draft` is the most tokens guessed ahead, 0: none. Sampling uses `threads` like the decoder, 0: all.
+    """
+
+    def __init__(self, decoder: Decoder, draft: int = 0, threads: int = 0) -> None:
         if decoder.slots > decoder.block:
             raise UsageError(f"{decoder.slots} slots need blocks of at least as many tokens, not {decoder.block}")
         self.counts = Counts()
         self.waiting: deque[Sequence] = deque()
         self._decoder = decoder
         self._draft = draft
+        self._threads = threads
         self._slots = [_Slot(index) for index in range(decoder.slots)]
         self._clock = 0
 
@@ -104,14 +108,17 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
             if slot.sequence is not None and slot.sequence.cancelled:
-                slot.sequence.finish("cancelled")
-                self._release(slot)
-        if any(sequence.cancelled for sequence in self.waiting):
-            kept = [sequence for sequence in self.waiting if not sequence.cancelled]
-            for sequence in self.waiting:
-                if sequence.cancelled:
-                    sequence.finish("cancelled")
-            self.waiting = deque(kept)
+                self._cancel(slot.sequence, slot)
+        dropped = [sequence for sequence in self.waiting if sequence.cancelled]
+        for sequence in dropped:
+            self.waiting.remove(sequence)
+            self._cancel(sequence)
+
+    def _cancel(self, sequence: Sequence, slot: _Slot | None = None) -> None:
+        sequence.finish("cancelled")
+        if slot is not None:
+            self._release(slot)
+        sequence.deliver()
 
     def _release(self, slot: _Slot) -> None:
         slot.left, slot.sequence = slot.held(), None
@@ -180,18 +187,28 @@ class Scheduler:
                 [sequence.params for sequence, _ in asked],
                 [sequence.seen(drafts) for sequence, drafts in asked],
                 [sequence.draw(len(drafts)) for sequence, drafts in asked],
+                self._threads,
             )
         first = 0
-        for run in runs:
-            rows = slice(first, first + run.rows)
-            first = rows.stop
-            before = run.sequence.cached
-            run.sequence.cached += run.count
-            self.counts.prompt_tokens += max(0, min(run.sequence.cached, run.sequence.prompt_tokens) - before)
-            if run.rows:
-                self._take(run, tokens[rows], logits[rows])
-            if run.sequence.finish_reason is not None:
-                self._release(run.slot)
+        try:
+            for run in runs:
+                rows = slice(first, first + run.rows)
+                first = rows.stop
+                self._advance(run, tokens[rows], logits[rows])
+        finally:
+            # Also of those before one that failed: a finished sequence is in nobody's hands any more.
+            for run in runs:
+                run.sequence.deliver()
+
+    def _advance(self, run: _Run, tokens: list[int], logits: torch.Tensor) -> None:
+        """Note what the cache holds now, and take the tokens that were drawn, if any."""
+        sequence = run.sequence
+        before, sequence.cached = sequence.cached, sequence.cached + run.count
+        self.counts.prompt_tokens += max(0, min(sequence.cached, sequence.prompt_tokens) - before)
+        if tokens:
+            self._take(run, tokens, logits)
+        if sequence.finish_reason is not None:
+            self._release(run.slot)
 
     def _take(self, run: _Run, tokens: list[int], logits: torch.Tensor) -> None:
         """Give a sequence its next tokens: as many as were drawn behind drafts that came true, and one more."""

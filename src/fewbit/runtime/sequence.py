@@ -45,6 +45,7 @@ class Sequence:
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stops = StopFilter(params.stop)
         self._sink = sink
+        self._ready: list[Piece] = []
         self._new_ids: list[int] = []
         self._new_logprobs: list[TokenLogprob] = []
 
@@ -80,7 +81,7 @@ class Sequence:
         return list({**self._seen, **dict.fromkeys(drafts)})
 
     def take(self, token: int, logits: torch.Tensor) -> None:
-        """The answer's next token, drawn from logits float32 `[V]`; may give a piece and end the answer."""
+        """The answer's next token, drawn from logits float32 `[V]`; may make a piece and end the answer."""
         self.last_token_at = time.monotonic()
         if not self.generated:
             self.first_token_at = self.last_token_at
@@ -102,10 +103,16 @@ class Sequence:
             self._give(text)
 
     def finish(self, reason: str, text: str = "") -> None:
-        """Give the last piece."""
+        """Make the last piece."""
         self.finish_reason = reason
         # A stop string's own text is gone; anything else that was held back is part of the answer.
         self._give(text + self._stops.flush())
+
+    def deliver(self) -> None:
+        """Hand over the pieces there are: once the step is done, so that who gets an answer finds its slot free."""
+        ready, self._ready = self._ready, []
+        for piece in ready:
+            self._sink(piece)
 
     def fail(self, error: BaseException) -> None:
         """The answer ends with an error."""
@@ -115,7 +122,7 @@ class Sequence:
     def _give(self, text: str) -> None:
         piece = Piece(text, tuple(self._new_ids), tuple(self._new_logprobs), self.finish_reason)
         self._new_ids, self._new_logprobs = [], []
-        self._sink(piece)
+        self._ready.append(piece)
 
     def _logprob(self, token: int, logits: torch.Tensor) -> TokenLogprob:
         own, alternatives = log_probabilities(logits, token, self.params.logprobs or 0)
