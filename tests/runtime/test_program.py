@@ -255,7 +255,7 @@ def test_the_real_model_predicts_what_transformers_does(smollm2_dir, smollm2_sou
     # Logits lie between -40 and 40; a rounded cache moves single ones by up to 2.
     assert (found["float32"] - wanted).abs().max() < 2e-3
     reference = wanted.log_softmax(1)
-    for kv, bound in (("bf16", 2e-4), ("int8", 2e-3)):
+    for kv, bound in (("bf16", 1e-3), ("int8", 3e-3)):
         lost = reference.exp() * (reference - found[kv].log_softmax(1))
         assert lost.sum(1).mean() < bound  # nats
     assert torch.equal(logits_of(decoder, (0, 299, ids[299:])), found["int8"][299:])
