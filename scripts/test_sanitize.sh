@@ -63,7 +63,7 @@ for isa in $isas; do
     # much: minutes in sanitized portable code, where the conformance program tests the same kernels.
     case $isa in
     # Files by name: pytest would take the directory for check_sanitizers.py as well and then not collect that.
-    portable) tests="tests/native/test_*.py tests/ops" ;;
+    portable) tests="tests/native/test_*.py tests/ops tests/runtime/test_sampling.py" ;;
     "${isas##* }") tests="tests/native/test_kernels.py tests/ops tests/formats" ;;
     *) tests="tests/native/test_kernels.py tests/ops" ;;
     esac

@@ -26,7 +26,7 @@ HELP = """\
 /retry             answer the last message again
 /set NAME VALUE    change a setting of the sampling, such as temperature 0.7
 /settings          show the settings
-/save FILE         write the conversation as JSON, which quantize takes as calibration text (.jsonl)
+/save FILE         write the conversation as one line of JSON
 /quit              end; so does the end of the input (Ctrl-D)
 Ctrl-C stops an answer."""
 
@@ -165,10 +165,14 @@ class Chat:
         self._remark(f"Saved to {path}.")
 
 
-def typed_lines(prompt: str = "> ") -> Iterable[str]:
+def typed_lines(coloured: bool = False) -> Iterable[str]:
     """Lines from the terminal until Ctrl-D; Ctrl-C drops what was typed."""
+    prompt = "> "
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # editing and history in input()
+
+        if coloured:
+            prompt = "\001\033[1;36m\002> \001\033[0m\002"  # 1 and 2 tell it what takes no room
     while True:
         try:
             yield input(prompt)

@@ -96,7 +96,7 @@ def chat(
         talk = Chat(engine, params, system, stdout, quiet=not terminal)
         if terminal:
             stdout.print(f"[bold]{escape(engine.name)}[/bold], context {engine.context}; /help lists the commands")
-        talk.run(typed_lines() if terminal else sys.stdin)
+        talk.run(typed_lines(stdout.color_system is not None) if terminal else sys.stdin)
 
 
 def bench(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fewbit.checkpoint.plain import load_plain
 from fewbit.errors import UsageError
 from fewbit.loading import load_any
 from fewbit.pipeline.options import QuantizeOptions
@@ -239,3 +240,22 @@ def test_a_family_without_steps_is_named(make_tiny, tmp_path):
     make_tiny("olmo2").save_pretrained(tmp_path)
     with pytest.raises(CannotLower, match="'olmo2'"):
         open_decoder(tmp_path, fallback=False)
+
+
+@pytest.mark.slow
+def test_the_real_model_predicts_what_transformers_does(smollm2_dir, smollm2_source, smollm2_tokenizer, wiki_eval):
+    ids = torch.tensor(smollm2_tokenizer(wiki_eval[:4000])["input_ids"])[:300]
+    model = load_plain(smollm2_source, torch.bfloat16).float()
+    with torch.inference_mode():
+        wanted = model(ids[None]).logits[0]
+    found = {}
+    for kv in ("float32", "bf16", "int8"):
+        decoder, _ = open_decoder(smollm2_dir, kv=kv, block=300, fallback=False)
+        found[kv] = logits_of(decoder, (0, 0, ids))
+    # Logits lie between -40 and 40; a rounded cache moves single ones by up to 2.
+    assert (found["float32"] - wanted).abs().max() < 2e-3
+    reference = wanted.log_softmax(1)
+    for kv, bound in (("bf16", 1e-3), ("int8", 3e-3)):
+        lost = reference.exp() * (reference - found[kv].log_softmax(1))
+        assert lost.sum(1).mean() < bound  # nats
+    assert torch.equal(logits_of(decoder, (0, 299, ids[299:])), found["int8"][299:])

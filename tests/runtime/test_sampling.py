@@ -27,6 +27,9 @@ SETTINGS = [
     SamplingParams(temperature=0.8, top_k=3000, top_p=0.01),
     SamplingParams(temperature=1.0, repetition_penalty=1.4, top_k=20),
     SamplingParams(repetition_penalty=3.0),
+    SamplingParams(temperature=1e-4, top_p=0.9),
+    SamplingParams(temperature=1e-40),
+    SamplingParams(temperature=100.0, top_p=0.3),
 ]
 
 

@@ -18,7 +18,7 @@ constexpr int kLanes = 16;        // independent sums and maxima, for vector reg
 constexpr int64_t kBlock = 256;   // tokens whose weights are added up together
 constexpr int kBins = 2048;       // the last one takes everything farther away
 constexpr float kBinsPerUnit = 64.0f;
-constexpr int64_t kGrain = 1 << 17;
+constexpr int64_t kGrain = 1 << 18;  // logits that are worth waking threads for
 constexpr float kReaches[] = {6.0f, 14.0f, std::numeric_limits<float>::infinity()};  // in units of the exponent
 
 // Kept from call to call: a draw allocates nothing once its thread has seen the vocabulary.
@@ -41,9 +41,9 @@ inline float exp_negative(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits;
+    uint32_t bits;
     std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits - 0x4B400000 + 127) << 23;
+    bits = (bits - 0x4B400000u + 127u) << 23;
     float power;
     std::memcpy(&power, &bits, sizeof power);
     return x < -87.0f ? 0.0f : p * power;
@@ -271,7 +271,8 @@ int32_t sample_row(float* logits, int64_t vocabulary, const SampleSettings& sett
 }  // namespace
 
 void sample(const SampleJob& job) {
-    parallel_for(threads_for(job.rows * job.vocabulary, kGrain), job.rows, [&](int64_t row, int) {
+    const int all = job.threads ? job.threads : num_threads();
+    parallel_for(job.rows * job.vocabulary < kGrain ? 1 : all, job.rows, [&](int64_t row, int) {
         thread_local Scratch scratch;
         const int64_t start = row ? job.ends[row - 1] : 0;
         job.tokens[row] = sample_row(job.logits + row * job.vocabulary, job.vocabulary, job.settings[row],

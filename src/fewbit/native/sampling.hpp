@@ -19,6 +19,7 @@ struct SampleJob {
     const int64_t* ends;
     int32_t* tokens;
     int64_t rows, vocabulary;
+    int threads;  // 0: as many as usual
 };
 
 void sample(const SampleJob& job);

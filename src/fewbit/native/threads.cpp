@@ -9,8 +9,6 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#endif
-#ifdef __linux__
 #include <sched.h>
 #endif
 
@@ -26,7 +24,15 @@ int usable_cores() {
     return count ? static_cast<int>(count) : 1;
 }
 
-inline void pause() {
+// The i-th pause of somebody who waits. Now and then it lets other threads have the core: what is waited for may be one
+// of them where more threads are busy than there are cores.
+inline void pause(int i) {
+#if defined(__unix__) || defined(__APPLE__)
+    if (i % 256 == 255) {
+        sched_yield();
+        return;
+    }
+#endif
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -69,7 +75,7 @@ public:
         if (state_.fetch_and(~kOpen) == (round | kOpen)) return;
         for (int i = 0; i < kSpins; ++i) {
             if (state_.load(std::memory_order_acquire) == round) return;
-            pause();
+            pause(i);
         }
         waiting_.store(true);
         std::unique_lock<std::mutex> hold(mutex_);
@@ -94,7 +100,7 @@ private:
     void sleep(uint64_t seen) {
         for (int i = 0; i < kSpins && awake_.load(std::memory_order_relaxed); ++i) {
             if (called(seen)) return;
-            pause();
+            pause(i);
         }
         std::unique_lock<std::mutex> hold(mutex_);
         sleepers_.fetch_add(1);

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from fewbit.errors import UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
 from fewbit.runtime.decoder import Decoder, open_decoder
+from fewbit.runtime.engine import check_threads
 from fewbit.runtime.sampling import SamplingParams, sample_rows
 
 _LEAD = 16  # tokens of the prompt that decoding is measured behind
@@ -65,21 +67,23 @@ def run_bench(
     `bandwidth_share` is the part of the memory's speed, measured in the same run with the same threads, that decoding
     reads weights at; None where it cannot be known. `progress` takes (done, total) measurements.
     """
+    check_threads(threads)
     weight_bytes = bytes_per_token(path)
     slots = max(settings.batches)
     decoder, _ = open_decoder(
         path, slots=slots, context=settings.context, block=max(USUAL_BLOCK, slots), threads=threads, kv=kv
     )
-    try:
-        report = bench(decoder, settings, progress)
-    finally:
-        decoder.close()
+    with _threads(threads) as used:
+        try:
+            report = bench(decoder, settings, progress)
+        finally:
+            decoder.close()
+        bandwidth = read_bandwidth()
     native = load_native()
-    bandwidth = read_bandwidth(threads)
     return {
         "model": str(path),
         **report,
-        "threads": threads or (native.num_threads() if native else torch.get_num_threads()),
+        "threads": used,
         "isa": native.isa() if native else "torch",
         "kv": kv,
         "cpu": cpu_name(),
@@ -150,13 +154,26 @@ def _decoding_rate(decoder: Decoder, batch: int, count: int) -> float:
     return batch * count / _timed(decode)
 
 
-def read_bandwidth(threads: int | None) -> float:
+@contextmanager
+def _threads(count: int | None) -> Iterator[int]:
+    """Inside, native code outside of programs uses `count` threads, too; gives their number."""
+    native = load_native()
+    if native is None:
+        yield torch.get_num_threads()
+        return
+    before = native.num_threads()
+    native.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        native.set_num_threads(before)
+
+
+def read_bandwidth() -> float:
     """Bytes per second that so many threads read from memory, the best of several passes; 0 without native code."""
     native = load_native()
     if native is None:
         return 0.0
-    if threads is not None:
-        native.set_num_threads(threads)
     buffer = native.huge_bytes(_READ_BYTES)
     buffer.fill_(1)
     return _READ_BYTES / min(_timed(lambda: native.read_bytes(buffer)) for _ in range(8))

@@ -58,19 +58,25 @@ class NativeDecoder:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """See `Decoder.forward`; `ValueError` for tokens, positions or slots that there are not."""
-        if self._program is None:
-            raise UsageError("the decoder is closed; open the model again")
+        program = self._open_program()
         wanted = batch.wanted.numel()
         if wanted > self._logits.shape[0]:
             self._logits = torch.empty(wanted, self.vocabulary)
         logits = self._logits[:wanted]
-        self._program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
+        program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
         return logits
 
+    def _open_program(self) -> Any:
+        if self._program is None:
+            raise UsageError("the decoder is closed; open the model again")
+        return self._program
+
     def copy(self, source: int, target: int, length: int) -> None:
-        self._program.copy(source, target, length)
+        """See `Decoder.copy`; `ValueError` for slots and lengths that there are not."""
+        self._open_program().copy(source, target, length)
 
     def close(self) -> None:
+        """See `Decoder.close`."""
         self._program = None
 
 
@@ -102,7 +108,7 @@ def open_decoder(
             raise CannotLower("the native extension is missing")
         weights = open_weights(native, path)
         most = weights.config.max_position_embeddings
-        sizes = Sizes(slots, context or min(most, USUAL_CONTEXT), block, threads or 0, kv)
+        sizes = Sizes(slots, min(most, USUAL_CONTEXT) if context is None else context, block, threads or 0, kv)
         check_sizes(sizes, most)
         lowering = Lowering(native, weights, sizes)
         decoder = NativeDecoder(

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from fewbit.errors import EngineError, UsageError
 from fewbit.runtime.decoder import Decoder
@@ -30,6 +30,13 @@ __all__ = ["Completion", "Engine", "Piece", "Request", "SamplingParams", "TokenL
 
 Prompt = str | Iterable[int]
 MAX_DRAFT = 64
+MAX_THREADS = 4096
+
+
+def check_threads(threads: int | None) -> None:
+    """`UsageError` for a number of threads that cannot be; None means all."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"threads must be between 1 and {MAX_THREADS}, not {threads}")
 
 
 class Request:
@@ -137,9 +144,9 @@ class Request:
 class _Loop:
     """The thread behind an engine. It holds no reference to the engine, so that a forgotten engine ends it."""
 
-    def __init__(self, decoder: Decoder, draft: int) -> None:
+    def __init__(self, decoder: Decoder, draft: int, threads: int) -> None:
         self.decoder = decoder
-        self.scheduler = Scheduler(decoder, draft)
+        self.scheduler = Scheduler(decoder, draft, threads)
         self.busy_seconds = 0.0
         self._process = os.getpid()
         self._inbox: deque[Sequence] = deque()
@@ -232,6 +239,9 @@ class Engine:
     ) -> None:
         if not 0 <= draft <= MAX_DRAFT:
             raise UsageError(f"draft must be between 0 and {MAX_DRAFT} tokens, not {draft}")
+        if context is not None and context < 2:
+            raise UsageError(f"the context must hold 2 tokens at least, not {context}")
+        check_threads(threads)
         if decoder is None:
             from fewbit.runtime.decoder import open_decoder
 
@@ -246,15 +256,21 @@ class Engine:
         self.vocabulary = decoder.vocabulary
         self._slots = decoder.slots
         self._encoding = threading.Lock()
-        self._loop = _Loop(decoder, draft)
+        self._loop = _Loop(decoder, draft, threads or 0)
         self._close = weakref.finalize(self, self._loop.stop)
 
+    @overload
+    def generate(self, prompts: str | list[int], params: SamplingParams | None = None) -> Completion: ...
+
+    @overload
     def generate(
-        self, prompts: Prompt | list[Prompt], params: SamplingParams | None = None
-    ) -> Completion | list[Completion]:
+        self, prompts: list[str] | list[list[int]] | list[Prompt], params: SamplingParams | None = None
+    ) -> list[Completion]: ...
+
+    def generate(self, prompts: Any, params: SamplingParams | None = None) -> Completion | list[Completion]:
         """Answer one prompt (text, or token ids) or a list of them, together."""
         if isinstance(prompts, str) or not isinstance(prompts, list) or (prompts and isinstance(prompts[0], int)):
-            return self.submit(prompts, params).result()  # type: ignore[arg-type]
+            return self.submit(prompts, params).result()
         requests: list[Request] = []
         try:
             requests += (self.submit(prompt, params) for prompt in prompts)

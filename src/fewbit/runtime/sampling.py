@@ -19,6 +19,7 @@ from fewbit.ops.extension import load_native
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-4  # below, nothing but the likeliest token has any probability in float32
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -27,12 +28,12 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class SamplingParams:
     """How one answer is drawn, and where it ends.
 
-    `temperature` 0 takes the likeliest token. Otherwise tokens outside the `top_k` likeliest (0: all), outside the
-    smallest set that holds `top_p` of the probability left, and less likely than `min_p` times the likeliest are
-    left out, in that order. `repetition_penalty` divides positive logits of tokens seen before (in the prompt, too) and
-    multiplies negative ones. Without a `seed` every answer is another. `stop` strings end the answer and are no part
-    of it. `logprobs` asks for each token's log-probability and those of that many alternatives, from the model's own
-    logits. `ignore_eos` goes on where the model would end. Raises `UsageError` for what is out of range.
+    `temperature` 0 (or below 0.0001) takes the likeliest token. Otherwise tokens outside the `top_k` likeliest (0:
+    all), outside the smallest set that holds `top_p` of the probability left, and less likely than `min_p` times the
+    likeliest are left out, in that order. `repetition_penalty` divides positive logits of tokens seen before (in the
+    prompt, too) and multiplies negative ones. Without a `seed` every answer is another. `stop` strings end the answer
+    and are no part of it. `logprobs` asks for each token's log-probability and those of that many alternatives, from
+    the model's own logits. `ignore_eos` goes on where the model would end. Raises `UsageError` for what it refuses.
     """
 
     max_tokens: int = 128
@@ -65,7 +66,8 @@ class SamplingParams:
 
     def row(self, uniform: float) -> tuple[float, ...]:
         """What the native sampler reads: temperature, top_k, top_p, min_p, repetition_penalty, the random number."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, uniform)
+        temperature = self.temperature if self.temperature >= LEAST_TEMPERATURE else 0.0
+        return (temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, uniform)
 
 
 _RANGES: dict[str, tuple[float, float, type]] = {
@@ -105,7 +107,7 @@ def sample_reference(logits: np.ndarray, params: SamplingParams, seen: Sequence[
         values[ids] = np.where(values[ids] > 0, values[ids] / penalty, values[ids] * penalty)
     if np.isnan(values).any() or not np.isfinite(values.max()):
         raise _not_finite()
-    if params.temperature == 0:
+    if params.temperature < LEAST_TEMPERATURE:
         return int(values.argmax())
     exponents = (values.astype(np.float64) - float(values.max())) / params.temperature
     weights = np.exp(exponents)
@@ -124,7 +126,11 @@ def sample_reference(logits: np.ndarray, params: SamplingParams, seen: Sequence[
 
 
 def sample_rows(
-    logits: torch.Tensor, params: Sequence[SamplingParams], seen: Sequence[Sequence[int]], draws: Sequence[float]
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    seen: Sequence[Sequence[int]],
+    draws: Sequence[float],
+    threads: int = 0,
 ) -> list[int]:
     """One token for every row of logits float32 `[W, V]` on the CPU, contiguous; rows are drawn side by side.
 
@@ -141,7 +147,7 @@ def sample_rows(
     ends = np.cumsum([len(ids) for ids in seen], dtype=np.int64)
     ids = np.fromiter((token for row in seen for token in row), dtype=np.int32, count=int(ends[-1]))
     tokens = np.empty(len(params), dtype=np.int32)
-    native.sample(values, settings, ids, ends, tokens)
+    native.sample(values, settings, ids, ends, tokens, threads)
     if tokens.min() < 0:
         raise _not_finite()
     return tokens.tolist()

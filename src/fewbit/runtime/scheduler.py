@@ -61,15 +61,19 @@ class Counts:
 
 
 class Scheduler:
-    """Runs sequences over one decoder, in one thread. `draft` is the most tokens guessed ahead, 0: none."""
+    """Runs sequences over one decoder, in one thread.
 
-    def __init__(self, decoder: Decoder, draft: int = 0) -> None:
+    `draft` is the most tokens guessed ahead, 0: none. Sampling uses `threads` like the decoder, 0: all.
+    """
+
+    def __init__(self, decoder: Decoder, draft: int = 0, threads: int = 0) -> None:
         if decoder.slots > decoder.block:
             raise UsageError(f"{decoder.slots} slots need blocks of at least as many tokens, not {decoder.block}")
         self.counts = Counts()
         self.waiting: deque[Sequence] = deque()
         self._decoder = decoder
         self._draft = draft
+        self._threads = threads
         self._slots = [_Slot(index) for index in range(decoder.slots)]
         self._clock = 0
 
@@ -183,6 +187,7 @@ class Scheduler:
                 [sequence.params for sequence, _ in asked],
                 [sequence.seen(drafts) for sequence, drafts in asked],
                 [sequence.draw(len(drafts)) for sequence, drafts in asked],
+                self._threads,
             )
         first = 0
         try:
