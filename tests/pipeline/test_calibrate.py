@@ -30,7 +30,8 @@ def test_hessians_are_float32_inside_a_layer_that_runs_in_bfloat16(block):
     assert found.hessian.dtype == torch.float32
     torch.testing.assert_close(found.hessian, exact.T @ exact / 100, rtol=0, atol=0.02)
     assert found.held.dtype == torch.float32
-    assert torch.equal(found.held, exact)
+    # Which library multiplies, and in which precision, depends on the machine.
+    torch.testing.assert_close(found.held, exact, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(("bits", "step"), [(4, 0.15), (8, 0.01)])
