@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo lint test test-slow test-sanitize test-aarch64
-.PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-big tables clean
+.PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,10 @@ bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off th
 
 bench-twinquant: $(STAMP)  ## Measure what each step of TwinQuant costs on a real model, off the grid (hours)
 	@$(BIN)/python benchmarks/twinquant.py
+
+bench-speed: $(STAMP)  ## Measure whole models beside llama.cpp (fetched and built once) and PyTorch, and TwinQuant's operator
+	@$(BIN)/python benchmarks/end_to_end.py
+	@$(BIN)/python benchmarks/twin_operator.py
 
 bench-big: $(STAMP)  ## Measure memory and time on a synthetic 8B shape (long, and tens of GB of disk)
 	@$(BIN)/python benchmarks/big.py

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,16 +70,31 @@ def fewbit(*arguments: str) -> tuple[str, float, int]:
     """A run of the command line: its output, its seconds and the most memory it took, in bytes."""
     command = [str(Path(sys.executable).with_name("fewbit")), *arguments]
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        output = process.stdout.read()
-        words = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{words}")
-    return output, time.perf_counter() - started, 1024 * usage.ru_maxrss
+    most = 0
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as words:
+        with subprocess.Popen(command, stdout=output, stderr=words, text=True) as process:
+            while process.poll() is None:
+                most = max(most, resident_peak(process.pid))
+                time.sleep(0.01)
+        seconds = time.perf_counter() - started
+        for file in (output, words):
+            file.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{words.read()}")
+        return output.read(), seconds, most
+
+
+def resident_peak(pid: int) -> int:
+    """The most bytes that a running process has had in memory; 0 once it has ended.
+
+    What the system tells of an ended child counts the memory of the parent that it was forked from.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
 
 
 def fewbit_speeds(path: Path, threads: int) -> dict[str, float]:
@@ -119,7 +135,7 @@ def first_token(path: Path) -> dict[str, float]:
     seconds = [fewbit("generate", str(path), "-p", PIECE, "--max-tokens", "1")[1] for _ in range(3)]
     memory = fewbit("generate", str(path), "-p", PIECE, "--max-tokens", "64")[2]
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return {"seconds_to_first_token": statistics.median(seconds), "peak_memory_bytes": memory, "file_bytes": size}
+    return {"start_seconds": statistics.median(seconds), "peak_memory_bytes": memory, "file_bytes": size}
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:

@@ -182,11 +182,70 @@ def peers_note(report: dict[str, Any]) -> str:
     )
 
 
+def end_to_end() -> str:
+    """Whole models: tokens per second of decoding and of a prompt."""
+    report = json.loads((RESULTS / "end_to_end.json").read_text())
+    lines = []
+    for row in report["rows"]:
+        memory = "start_seconds" in row
+        lines.append(
+            [
+                row["model"],
+                f"{row['program']} {row['type']}",
+                str(row["threads"]),
+                f"{row['decode']['median']:.1f}",
+                f"{row['prefill']['median']:.0f}",
+                f"{100 * row['bandwidth_share']['median']:.0f} %" if "bandwidth_share" in row else "",
+                f"{row['start_seconds']:.1f} s" if memory else "",
+                f"{row['peak_memory_bytes'] / 1e6:.0f} / {row['file_bytes'] / 1e6:.0f} MB" if memory else "",
+            ]
+        )
+    header = ["model", "program and type", "threads", "decode", f"prompt of {report['prompt_tokens']}"]
+    header += ["of the memory's speed", "one token, from start", "memory / file"]
+    reading = ", ".join(
+        f"{rate / 1e9:.1f} GB/s with {threads} thread{'s' if threads != '1' else ''}"
+        for threads, rate in report["read_bytes_per_second"].items()
+    )
+    (package, version), machine = next(iter(report["versions"].items())), report["environment"]
+    note = (
+        f"\nTokens per second, medians of {report['rounds']} rounds through all contestants; "
+        f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}, memory read at {reading}; "
+        f"llama.cpp from {package} {version}, without AMX. Weights rounded to nearest, fewbit's head and embeddings in "
+        f"4 bits. Made by `benchmarks/end_to_end.py`.\n"
+    )
+    return markdown(header, lines) + note
+
+
+def twin_operator() -> str:
+    """The fused operator of TwinQuant beside its products run apart."""
+    report = json.loads((RESULTS / "twin_operator.json").read_text())
+    lines = []
+    for row in report["rows"]:
+        fused, apart = row["fused_microseconds"], row["apart_microseconds"]
+        shape = f"{row['rows']} x {row['cols']}"
+        numbers = [
+            str(row["tokens"]),
+            str(row["threads"]),
+            f"{fused:.0f} us",
+            f"{apart:.0f} us",
+            f"{apart / fused:.2f}",
+        ]
+        lines.append([shape, *numbers])
+    machine = report["environment"]
+    note = (
+        f"\nRank {report['rank']}, inputs of 8 bits, {machine['cpu']}, {machine['isa']}; medians. "
+        f"Made by `benchmarks/twin_operator.py`.\n"
+    )
+    return markdown(["weights", "tokens", "threads", "fused", "three products", "ratio"], lines) + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
     "twinquant-smollm2": partial(twinquant, "smollm2-135m", "SmolLM2-135M"),
+    "end-to-end": end_to_end,
+    "twin-operator": twin_operator,
     "encoding": encoding,
     "kernels": kernels,
     "peers": peers,
