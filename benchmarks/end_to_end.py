@@ -22,7 +22,7 @@ import llama
 import torch
 from encode import commit
 from peers import PACKAGE, VERSION
-from quality import reference_dir
+from references import reference_dir
 from transformers.utils import logging
 
 from fewbit.assets import default_cache_dir, fetch_model

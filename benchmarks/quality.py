@@ -19,12 +19,13 @@ import torch
 from encode import commit
 from peers import PACKAGE, VERSION
 from quantizers import MIXES, Recipe, kept_importance_matrix, requantized
+from references import kept_logits, reference_dir
 from transformers.utils import logging
 
-from fewbit.assets import default_cache_dir, fetch_model, fetch_text
+from fewbit.assets import fetch_text
 from fewbit.checkpoint.source import open_source
 from fewbit.environment import environment
-from fewbit.evaluate import evaluate_many, write_off_grid
+from fewbit.evaluate import evaluate_many
 from fewbit.loading import load, load_any
 from fewbit.modules import FewbitLinear
 from fewbit.pipeline.options import QuantizeOptions
@@ -61,15 +62,6 @@ PEERS = {
 """llama.cpp's quantizer on the layers; head and embeddings keep full precision."""
 
 
-def reference_dir(model: str, seed: int) -> Path:
-    """The off-grid form of a model, made once and kept in the cache."""
-    directory = default_cache_dir() / "off-grid" / f"{model}-{seed}"
-    if not (directory / "config.json").exists():
-        shutil.rmtree(directory, ignore_errors=True)
-        write_off_grid(fetch_model(model), directory, seed=seed)
-    return directory
-
-
 def decoded(model: Any) -> Any:
     """A packed model with plain linears in the place of its packed ones, in place: what peers are compared with."""
     for name, module in list(model.named_modules()):
@@ -82,7 +74,7 @@ def decoded(model: Any) -> Any:
 
 
 def measure(
-    reference: Path, options: QuantizeOptions, text: str, settings: dict[str, Any], work: Path
+    reference: Path, options: QuantizeOptions, text: str, settings: dict[str, int], work: Path
 ) -> dict[str, Any]:
     """Quantize and evaluate one row in float32: decoded, as the peers are, and as the kernels run it."""
     output = work / "checkpoint"
@@ -92,8 +84,9 @@ def measure(
         (output / "result.json").write_text(json.dumps(result.to_json()))
     result = json.loads((output / "result.json").read_text())
     started = time.monotonic()
-    full, tokenizer = load_any(reference, torch.float32)
-    models = {"full": full, "row": decoded(load(output, torch.float32)[0]), "kernels": load(output, torch.float32)[0]}
+    full = kept_logits(reference, text, **settings)
+    row_model, tokenizer = load(output, torch.float32)
+    models = {"full": full, "row": decoded(row_model), "kernels": load(output, torch.float32)[0]}
     scores = evaluate_many(models, tokenizer, text, full, **settings)
     tuning = json.loads((output / "fewbit.json").read_text()).get("tuning")
     shutil.rmtree(work)
@@ -118,15 +111,16 @@ def work_dir(row: str, output: Path) -> Path:
 
 
 def measure_peer(
-    reference: Path, recipe: Recipe, text: str, settings: dict[str, Any], calib_tokens: int
+    reference: Path, recipe: Recipe, text: str, settings: dict[str, int], calib_tokens: int
 ) -> dict[str, Any]:
     """Quantize with llama.cpp and evaluate one row, in float32."""
-    full, tokenizer = load_any(reference, torch.float32)
     files = [fetch_text(name) for name in CALIBRATION]
-    importance = kept_importance_matrix(reference, full, files, calib_tokens)
+    importance = kept_importance_matrix(reference, files, calib_tokens)
+    full, tokenizer = load_any(reference, torch.float32)
     started = time.monotonic()
     model, facts = requantized(full, open_source(reference), recipe, importance)
     quantized = time.monotonic()
+    full = kept_logits(reference, text, **settings)
     scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
     row, base = scores["row"], scores["full"]
     return {

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from encode import commit
-from quality import CALIBRATION, RESULTS, reference_dir, work_dir
+from quality import CALIBRATION, RESULTS, work_dir
+from references import kept_logits, reference_dir
 from transformers.utils import logging
 
 from fewbit.assets import fetch_text
 from fewbit.environment import environment
 from fewbit.evaluate import evaluate_many
-from fewbit.loading import load, load_any
+from fewbit.loading import load
 from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
 from fewbit.pipeline.run import quantize
 
@@ -41,7 +42,7 @@ ROWS = {f"W4A{bits} {name}": replace(options, act_bits=bits) for bits in (4, 8, 
 
 
 def measure(
-    reference: Path, options: QuantizeOptions, text: str, settings: dict[str, Any], work: Path
+    reference: Path, options: QuantizeOptions, text: str, settings: dict[str, int], work: Path
 ) -> dict[str, Any]:
     """Quantize and evaluate one row."""
     output = work / "checkpoint"
@@ -50,8 +51,9 @@ def measure(
         (output / "result.json").write_text(json.dumps(result.to_json()))
     result = json.loads((output / "result.json").read_text())
     started = time.monotonic()
-    full, tokenizer = load_any(reference, torch.float32)
-    scores = evaluate_many({"full": full, "row": load(output, torch.float32)[0]}, tokenizer, text, full, **settings)
+    full = kept_logits(reference, text, **settings)
+    model, tokenizer = load(output, torch.float32)
+    scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
     learning = json.loads((output / "fewbit.json").read_text()).get("learning")
     shutil.rmtree(work)
     row, base = scores["row"], scores["full"]
