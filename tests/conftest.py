@@ -6,6 +6,7 @@ index can be reached and nothing is cached.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,24 @@ def _or_skip(fetch, name: str) -> Path:
         return fetch(name)
     except FewbitError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Runs one fewbit command in this process: `run(*arguments)` is its exit code, stdout and stderr."""
+    from fewbit import cli
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fewbit", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run_command
 
 
 @pytest.fixture(scope="session")

@@ -9,24 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fewbit import cli
 from fewbit.console import parse_size
 from fewbit.errors import UsageError
-
-
-def run(capfd, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    sys_argv = sys.argv
-    sys.argv = ["fewbit", *map(str, arguments)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    finally:
-        sys.argv = sys_argv
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +23,10 @@ def checkpoint(tiny_models, calibration_text, tmp_path_factory) -> Path:
     return out
 
 
-def test_quantize_prints_one_json_object_with_the_promised_keys(capfd, tiny_models, calibration_text, tmp_path):
+def test_quantize_prints_one_json_object_with_the_promised_keys(run, tiny_models, calibration_text, tmp_path):
     out = tmp_path / "out"
     settings = ("--calib", calibration_text, "--calib-tokens", 256, "--calib-window", 64, "--json")
-    code, stdout, _ = run(capfd, "quantize", tiny_models["biased"], out, *settings)
+    code, stdout, _ = run("quantize", tiny_models["biased"], out, *settings)
     assert code == 0
     report = json.loads(stdout)
     assert {"output", "seconds", "peak_memory_bytes", "bits_per_weight"} <= set(report)
@@ -50,13 +34,13 @@ def test_quantize_prints_one_json_object_with_the_promised_keys(capfd, tiny_mode
     assert (out / "config.json").is_file()
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(capfd, tiny_models, tmp_path):
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run, tiny_models, tmp_path):
     arguments = ("quantize", tiny_models["odd"], tmp_path / "out", "--rounding", "nearest", "--dry-run")
-    code, stdout, _ = run(capfd, *arguments)
+    code, stdout, _ = run(*arguments)
     assert code == 0
     assert "72 inputs" in stdout
     assert "trellis, 3 bits" in stdout
-    code, stdout, _ = run(capfd, *arguments, "--json")
+    code, stdout, _ = run(*arguments, "--json")
     plan = json.loads(stdout)
     assert plan["totals"]["bits_per_weight"]["total"] > 3
     assert plan["prediction"]["seconds"] > 0
@@ -64,44 +48,44 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(capfd, tiny_models, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspect_lists_every_tensor_and_agrees_with_its_json(capfd, checkpoint):
-    code, stdout, _ = run(capfd, "inspect", checkpoint, "--json")
+def test_inspect_lists_every_tensor_and_agrees_with_its_json(run, checkpoint):
+    code, stdout, _ = run("inspect", checkpoint, "--json")
     report = json.loads(stdout)
     assert code == 0
     assert {"bits_per_weight", "bytes", "tensors"} <= set(report)
     assert set(report["bits_per_weight"]) == {"body", "total"}
-    code, stdout, _ = run(capfd, "inspect", checkpoint)
+    code, stdout, _ = run("inspect", checkpoint)
     assert code == 0
     assert f"{report['bits_per_weight']['total']:.3f} over everything" in stdout
 
 
-def test_verify_says_all_well_and_then_finds_a_changed_byte(capfd, checkpoint, tmp_path):
+def test_verify_says_all_well_and_then_finds_a_changed_byte(run, checkpoint, tmp_path):
     import shutil
 
-    code, stdout, _ = run(capfd, "verify", checkpoint, "--json")
+    code, stdout, _ = run("verify", checkpoint, "--json")
     assert (code, json.loads(stdout)["ok"]) == (0, True)
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-100] ^= 255
     (copy / "model.safetensors").write_bytes(bytes(data))
-    code, stdout, _ = run(capfd, "verify", copy, "--json")
+    code, stdout, _ = run("verify", copy, "--json")
     assert (code, json.loads(stdout)["ok"]) == (1, False)
 
 
-def test_eval_prints_the_promised_keys_with_and_without_a_reference(capfd, checkpoint, tiny_models, calibration_text):
+def test_eval_prints_the_promised_keys_with_and_without_a_reference(run, checkpoint, tiny_models, calibration_text):
     settings = ("--text", calibration_text, "--window", 64, "--tokens", 256, "--json")
-    code, stdout, _ = run(capfd, "eval", checkpoint, *settings, "--reference", tiny_models["tied"])
+    code, stdout, _ = run("eval", checkpoint, *settings, "--reference", tiny_models["tied"])
     report = json.loads(stdout)
     assert code == 0
     promised = "perplexity perplexity_stderr kl_mean kl_p99 top1_agreement bits_per_char tokens window"
     assert set(promised.split()) <= set(report)
     assert report["kl_mean"] > 0
-    code, stdout, _ = run(capfd, "eval", tiny_models["tied"], *settings)
+    code, stdout, _ = run("eval", tiny_models["tied"], *settings)
     assert (code, json.loads(stdout)["kl_mean"]) == (0, None)
 
 
-def test_info_names_the_instruction_set_and_the_formats(capfd):
-    code, stdout, _ = run(capfd, "info", "--json")
+def test_info_names_the_instruction_set_and_the_formats(run):
+    code, stdout, _ = run("info", "--json")
     report = json.loads(stdout)
     assert code == 0
     assert {"trellis", "ternary", "iq3_s", "int8"} <= set(report["formats"])
@@ -118,9 +102,7 @@ def test_help_and_version_come_without_importing_torch():
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
 
 
-def test_silly_requests_get_one_line_with_a_remedy_and_a_code(
-    capfd, tiny_models, checkpoint, calibration_text, tmp_path
-):
+def test_silly_requests_get_one_line_with_a_remedy_and_a_code(run, tiny_models, checkpoint, calibration_text, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("too short")
     binary = tmp_path / "binary.txt"
@@ -146,7 +128,7 @@ def test_silly_requests_get_one_line_with_a_remedy_and_a_code(
         (("eval", checkpoint, "--text", calibration_text, "--dtype", "int4"), 2, "bfloat16 or float32"),
     ]
     for arguments, expected, words in cases:
-        code, stdout, stderr = run(capfd, *arguments)
+        code, stdout, stderr = run(*arguments)
         message = [line for line in stderr.splitlines() if line.startswith("error:")]
         assert code == expected, (arguments, stderr)
         assert len(message) == 1, (arguments, stderr)
@@ -155,10 +137,10 @@ def test_silly_requests_get_one_line_with_a_remedy_and_a_code(
         assert not out.exists()
 
 
-def test_words_the_command_line_does_not_know_exit_with_2(capfd):
-    assert run(capfd, "quantise")[0] == 2
-    assert run(capfd, "quantize", "only-one-argument")[0] == 2
-    assert run(capfd, "eval", "x", "--windows", "3")[0] == 2
+def test_words_the_command_line_does_not_know_exit_with_2(run):
+    assert run("quantise")[0] == 2
+    assert run("quantize", "only-one-argument")[0] == 2
+    assert run("eval", "x", "--windows", "3")[0] == 2
 
 
 @pytest.mark.parametrize("text", ["0", "0MB", "-1GB", "800TB", "", "MB"])

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fewbit import cli
 from fewbit.chat import Chat, typed_lines
 from fewbit.errors import UsageError
 from fewbit.runtime.bench import BenchSettings, bandwidth_share, bytes_per_token
@@ -20,21 +19,6 @@ from fewbit.runtime.engine import Engine
 from fewbit.runtime.sampling import SamplingParams
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}a "
-
-
-def run(capfd, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    sys_argv = sys.argv
-    sys.argv = ["fewbit", *map(str, arguments)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    finally:
-        sys.argv = sys_argv
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +40,17 @@ def checkpoint(plain, tmp_path_factory) -> Path:
     return out
 
 
-def test_generate_streams_text_and_tells_the_speed(capfd, checkpoint):
+def test_generate_streams_text_and_tells_the_speed(run, checkpoint):
     arguments = ("generate", checkpoint, "-p", "the quick", "--max-tokens", 8, "--temperature", 1, "--seed", 1)
-    code, stdout, stderr = run(capfd, *arguments)
+    code, stdout, stderr = run(*arguments)
     assert code == 0
     assert stdout.strip()
     assert "tokens/s" in stderr
-    assert run(capfd, *arguments)[1] == stdout, "the seed decides"
+    assert run(*arguments)[1] == stdout, "the seed decides"
 
 
-def test_generate_reports_json_with_the_promised_keys(capfd, checkpoint):
-    code, stdout, _ = run(capfd, "generate", checkpoint, "-p", "the quick", "--max-tokens", 8, "--json")
+def test_generate_reports_json_with_the_promised_keys(run, checkpoint):
+    code, stdout, _ = run("generate", checkpoint, "-p", "the quick", "--max-tokens", 8, "--json")
     report = json.loads(stdout)
     assert code == 0
     assert {"text", "prompt_tokens", "tokens", "seconds_to_first_token", "tokens_per_second"} <= set(report)
@@ -74,30 +58,28 @@ def test_generate_reports_json_with_the_promised_keys(capfd, checkpoint):
     assert len(report["token_ids"]) == 8
 
 
-def test_sampling_options_reach_the_sampler_and_drafts_change_nothing(capfd, checkpoint):
+def test_sampling_options_reach_the_sampler_and_drafts_change_nothing(run, checkpoint):
     arguments = ("generate", checkpoint, "-p", "the quick the quick", "--max-tokens", 30, "--temperature", 0.4,
                  "--top-k", 5, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1, "--seed", 3,
                  "--json")  # fmt: skip
-    plain = json.loads(run(capfd, *arguments)[1])
-    drafted = json.loads(run(capfd, *arguments, "--draft", 6, "--kv", "bf16", "--threads", 1, "--context", 100)[1])
+    plain = json.loads(run(*arguments)[1])
+    drafted = json.loads(run(*arguments, "--draft", 6, "--kv", "bf16", "--threads", 1, "--context", 100)[1])
     assert plain["token_ids"] == drafted["token_ids"]
-    greedy = json.loads(
-        run(capfd, "generate", checkpoint, "-p", "the quick the quick", "--max-tokens", 30, "--json")[1]
-    )
+    greedy = json.loads(run("generate", checkpoint, "-p", "the quick the quick", "--max-tokens", 30, "--json")[1])
     assert greedy["token_ids"] != plain["token_ids"]
-    stopped = json.loads(run(capfd, *arguments, "--stop", plain["text"][4:6])[1])
+    stopped = json.loads(run(*arguments, "--stop", plain["text"][4:6])[1])
     assert stopped["finish_reason"] == "stop"
     assert stopped["text"] == plain["text"][: plain["text"].index(plain["text"][4:6])]
 
 
-def test_a_prompt_can_go_through_the_chat_template(capfd, checkpoint):
-    code, stdout, _ = run(capfd, "generate", checkpoint, "-p", "hi", "--chat", "--max-tokens", 3, "--json")
+def test_a_prompt_can_go_through_the_chat_template(run, checkpoint):
+    code, stdout, _ = run("generate", checkpoint, "-p", "hi", "--chat", "--max-tokens", 3, "--json")
     assert (code, json.loads(stdout)["prompt_tokens"]) == (0, len("u hi a "))
 
 
-def test_bench_prints_the_promised_keys(capfd, checkpoint):
+def test_bench_prints_the_promised_keys(run, checkpoint):
     sizes = ("--prompt-tokens", "8,20", "--batch", "1,3", "--gen-tokens", 4, "--repeats", 2)
-    code, stdout, _ = run(capfd, "bench", checkpoint, *sizes, "--threads", 1, "--json")
+    code, stdout, _ = run("bench", checkpoint, *sizes, "--threads", 1, "--json")
     report = json.loads(stdout)
     assert code == 0
     assert [set(entry) for entry in report["prefill"]] == [{"prompt_tokens", "tokens_per_second", "stdev"}] * 2
@@ -105,7 +87,7 @@ def test_bench_prints_the_promised_keys(capfd, checkpoint):
     assert all(entry["tokens_per_second"] > 0 for entry in report["prefill"] + report["decode"])
     assert (report["threads"], bool(report["isa"])) == (1, True)
     assert report["bandwidth_share"] > 0
-    code, stdout, _ = run(capfd, "bench", checkpoint, *sizes)
+    code, stdout, _ = run("bench", checkpoint, *sizes)
     assert code == 0
     assert "decoding, 3 together" in stdout
 
@@ -219,7 +201,7 @@ def test_chat_reads_a_pipe(checkpoint):
     assert done.stdout.strip()
 
 
-def test_silly_requests_get_one_line_with_a_remedy_and_a_code(capfd, plain, tmp_path):
+def test_silly_requests_get_one_line_with_a_remedy_and_a_code(run, plain, tmp_path):
     cases = [
         (("generate", plain, "-p", " "), "empty"),
         (("generate", plain, "-p", "x", "--chat"), "chat template"),
@@ -237,7 +219,7 @@ def test_silly_requests_get_one_line_with_a_remedy_and_a_code(capfd, plain, tmp_
         (("bench", plain, "--batch", "0"), "--batch must be between 1"),
     ]
     for arguments, words in cases:
-        code, stdout, stderr = run(capfd, *arguments)
+        code, stdout, stderr = run(*arguments)
         message = [line for line in stderr.splitlines() if line.startswith("error:")]
         assert code == 2, (arguments, stderr)
         assert len(message) == 1, (arguments, stderr)
