@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from encode import commit
 from peers import PACKAGE, VERSION
-from quantizers import MIXES, Recipe, kept_importance_matrix, requantized
+from quantizers import MIXES, Recipe, kept_importance_matrix, requantize
 from references import kept_logits, reference_dir
 from transformers.utils import logging
 
@@ -116,9 +116,9 @@ def measure_peer(
     """Quantize with llama.cpp and evaluate one row, in float32."""
     files = [fetch_text(name) for name in CALIBRATION]
     importance = kept_importance_matrix(reference, files, calib_tokens)
-    full, tokenizer = load_any(reference, torch.float32)
+    model, tokenizer = load_any(reference, torch.float32)
     started = time.monotonic()
-    model, facts = requantized(full, open_source(reference), recipe, importance)
+    facts = requantize(model, open_source(reference), recipe, importance)
     quantized = time.monotonic()
     full = kept_logits(reference, text, **settings)
     scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)

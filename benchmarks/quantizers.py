@@ -6,7 +6,6 @@ llama.cpp's file types. Embeddings and head stay as they are, since it is the de
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 from collections import Counter
@@ -130,15 +129,11 @@ def linears(family: Family, layers: int) -> Iterator[tuple[int, str]]:
 
 
 @torch.no_grad()
-def requantized(
-    model: nn.Module, source: Source, recipe: Recipe, importance: dict[str, torch.Tensor]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with the parameters of `model`, but the linears of its layers as the recipe leaves them.
+def requantize(model: nn.Module, source: Source, recipe: Recipe, importance: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Leave the linears of the layers of `model`, which is that of `source`, as the recipe has them; in place.
 
-    `model` is that of `source`; both models share all other parameters. The facts that come with it are bits per
-    weight, exactly, and how many linears have which type.
+    Returns bits per weight, exactly, and how many linears have which type.
     """
-    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     config, family = source.config, get_family(source.config.model_type)
     queries_per_key = config.num_attention_heads // config.num_key_value_heads
     types: Counter[str] = Counter()
@@ -152,7 +147,7 @@ def requantized(
             kind = fitting_type(kind, cols)
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         blocks, decoded = quantize_rows(kind, padded(exact, block), padded(importance[name], block))
-        linear = copied.get_submodule(name)
+        linear: Any = model.get_submodule(name)
         linear.weight = nn.Parameter(decoded[:, :cols].to(linear.weight.dtype), requires_grad=False)
         types[kind] += 1
         weights += exact.numel()
@@ -164,7 +159,7 @@ def requantized(
         "body_without_padding": 8 * unpadded / weights,
         "total": (8 * size + OTHER_BITS * others) / (weights + others),
     }
-    return copied, {"bits_per_weight": bits, "types": dict(sorted(types.items()))}
+    return {"bits_per_weight": bits, "types": dict(sorted(types.items()))}
 
 
 @torch.inference_mode()
