@@ -8,9 +8,16 @@ from torch import nn
 
 from fewbit.loading import load
 from fewbit.math.hadamard import pack_signs, random_signs, rotate
-from fewbit.pipeline.calibrate import InputAxes, InputCollector, bfloat16_products
+from fewbit.ops.extension import load_native
+from fewbit.pipeline.calibrate import InputAxes, InputCollector, add_products, bfloat16_products
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
+
+
+def has_gram() -> bool:
+    """Whether Hessians in bfloat16 come from native code here."""
+    native = load_native()
+    return native is not None and native.has_gram()
 
 
 @pytest.mark.parametrize("block", [1, 64, 256])
@@ -20,7 +27,7 @@ def test_hessians_are_float32_inside_a_layer_that_runs_in_bfloat16(block):
     signs = random_signs(256, 0) if block > 1 else None
     with (
         torch.no_grad(),
-        InputCollector([("x", linear)], {"x": InputAxes(signs, block)}) as collector,
+        InputCollector([("x", linear)], {"x": InputAxes(signs, block)}, torch.bfloat16) as collector,
         torch.autocast("cpu", torch.bfloat16),
         bfloat16_products(torch.bfloat16),
     ):
@@ -32,6 +39,37 @@ def test_hessians_are_float32_inside_a_layer_that_runs_in_bfloat16(block):
     assert found.held.dtype == torch.float32
     # Which library multiplies, and in which precision, depends on the machine.
     torch.testing.assert_close(found.held, exact, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 100])
+@pytest.mark.parametrize("cols", [32, 100, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_added_on_and_above_the_diagonal(tokens, cols, dtype):
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
+    before = torch.randn(cols, cols, generator=torch.Generator().manual_seed(cols))
+    sums = before.clone()
+    add_products(x, sums, dtype)
+    add_products(x, sums, dtype)
+    wrong = (sums - before - 2 * x.double().T @ x.double()).triu().abs().max()
+    # A factor that is rounded to bfloat16 is off by up to 1/256 of itself; values reach 4.
+    assert wrong < (1e-3 if dtype == torch.float32 else 0.2 * tokens**0.5)
+
+
+@pytest.mark.skipif(not has_gram(), reason="this processor has no products of bfloat16")
+def test_products_of_bfloat16_do_not_depend_on_the_number_of_threads():
+    native = load_native()
+    x = torch.randn(70, 200, generator=torch.Generator().manual_seed(0))
+    found = []
+    for threads in (1, 2, 3):
+        native.set_num_threads(threads)
+        found.append(torch.zeros(200, 200))
+        native.add_gram(x, found[-1])
+    factors = x.bfloat16().double()
+    assert (found[0] - factors.T @ factors).triu().abs().max() < 1e-4
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    with pytest.raises(ValueError, match="sums"):
+        native.add_gram(x, torch.zeros(200, 100))
 
 
 @pytest.mark.parametrize(("bits", "step"), [(4, 0.15), (8, 0.01)])

@@ -67,6 +67,7 @@ void require_rotation(int64_t cols, const std::optional<Signs>& signs, int block
 void bind_rotate(nb::module_& m);
 void bind_product(nb::module_& m);
 void bind_memory(nb::module_& m);
+void bind_gram(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_program(nb::module_& m);
 

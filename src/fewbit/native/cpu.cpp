@@ -29,14 +29,16 @@ uint64_t saved_states() {
 
 struct Features {
     unsigned ebx = 0, ecx = 0, edx = 0;
-    bool half_floats, vnni;                       // half_floats: and fused multiply-add; vnni: on 256 bits
+    bool half_floats, vnni, bf16;                 // half_floats: and fused multiply-add; vnni: on 256 bits
     uint64_t states = saved_states();
 
     Features() {
         unsigned a, b, c, d;
         half_floats = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && (c & bit_FMA);
         if (!__get_cpuid_count(7, 0, &a, &ebx, &ecx, &edx)) ebx = ecx = edx = 0;
-        vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
+        if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) a = 0;
+        vnni = a & 1 << 4;
+        bf16 = a & 1 << 5;
     }
 
     bool has(unsigned in_ebx, unsigned in_ecx, uint64_t in_states) const {
@@ -132,6 +134,15 @@ const FloatKernels& float_kernels() {
     return kAvx512Floats;
 #else
     return kPortableFloats;
+#endif
+}
+
+bool has_avx512_bf16() {
+#ifdef FEWBIT_HAVE_BF16
+    const Features cpu;
+    return cpu.bf16 && cpu.has(bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ, 0, 0xe6);
+#else
+    return false;
 #endif
 }
 

@@ -17,6 +17,9 @@ std::vector<std::string> emulated_isas();
 // The kernels in use.
 const Kernels& kernels();
 
+// Whether this machine has AVX-512's products of bfloat16, whatever kernels are in use.
+bool has_avx512_bf16();
+
 // Use the kernels of that name from now on; throws std::invalid_argument if this machine or build lacks them.
 void select_isa(const std::string& name);
 

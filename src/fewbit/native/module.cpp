@@ -145,6 +145,7 @@ NB_MODULE(_native, m) {
     bind_rotate(m);
     bind_product(m);
     bind_memory(m);
+    bind_gram(m);
     bind_sampling(m);
     bind_program(m);
 }

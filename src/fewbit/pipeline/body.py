@@ -151,7 +151,8 @@ class Body:
         with self.hidden.writing(index + 1) as write:
             for number in range(len(self.stream.batches)):
                 parts = self.spilled.read(0, number)
-                output = self._module(group[0])(parts["inputs"].float())
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.stream.dtype == torch.bfloat16):
+                    output = self._module(group[0])(parts["inputs"].float())
                 write(number, {"hidden": parts["stream"] + output.view(parts["stream"].shape)})
                 self.progress.advance()
         self.spilled.discard(0)
@@ -174,7 +175,8 @@ class Body:
             axes[group[0].shared_input] = InputAxes(
                 tensor_signs(group[0]), spec.block, spec.group, spec.act_bits, self.plan.options["center"]
             )
-        return InputCollector([(group[0].shared_input, self._module(group[0])) for group in groups], axes)
+        linears = [(group[0].shared_input, self._module(group[0])) for group in groups]
+        return InputCollector(linears, axes, self.stream.dtype)
 
     def _measure(self, index: int, groups: list[Group]) -> InputCollector:
         """Run the layer as far as the inputs of `groups`."""

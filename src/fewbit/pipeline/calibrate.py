@@ -25,6 +25,7 @@ from fewbit.formats.base import InputStatistics
 from fewbit.math.hadamard import pack_signs, rotate
 from fewbit.math.inputs import quantized_inputs
 from fewbit.models import Family
+from fewbit.ops.extension import load_native
 
 WINDOWS_PER_BATCH = 4
 TABLE_ROWS = 8192  # rows of the embedding that are read at once
@@ -51,13 +52,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, float32 products take bfloat16 factors where `dtype` is that; sums stay float32.
+    """Inside, float32 products take bfloat16 factors, where `dtype` is that and there is AMX; sums stay float32.
 
-    A linear under autocast rounds its input to bfloat16, so a Hessian of rounded inputs is the true one.
+    PyTorch's setting for that does nothing on other processors but choose a slower product.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         settings.fp32_precision = "bf16"
     try:
         yield
@@ -227,11 +228,29 @@ class InputAxes:
         return x if self.signs is None else rotate(x, self.signs, self.block)
 
 
+def add_products(x: torch.Tensor, sums: torch.Tensor, dtype: torch.dtype) -> None:
+    """Add X'X of `x` float32 `[T, K]` to `sums` float32 `[K, K]`, at least on and above the diagonal.
+
+    With `dtype` bfloat16 the factors are rounded to that where it is faster: a linear under autocast rounds its input
+    too, so a Hessian of rounded inputs is the true one.
+    """
+    native = load_native()
+    halved = dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    if halved and native is not None and native.has_gram():
+        native.add_gram(x.contiguous(), sums)
+        return
+    with bfloat16_products(dtype):
+        for start in range(0, x.shape[1], PANEL):
+            # The sum is symmetric, so only what lies on and right of the diagonal is computed.
+            sums[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
+
+
 class _Sums:
     """Running sums over one input."""
 
-    def __init__(self, x: torch.Tensor, axes: InputAxes) -> None:
+    def __init__(self, x: torch.Tensor, axes: InputAxes, dtype: torch.dtype) -> None:
         size = x.shape[1]
+        self.dtype = dtype
         self.tokens = 0
         self.products = torch.zeros(size, size)
         self.held = torch.empty(0, size)
@@ -248,9 +267,7 @@ class _Sums:
         if self.shift is not None:
             self.plain += x.sum(0)
             self.quantized += seen.sum(0)
-        for start in range(0, x.shape[1], PANEL):
-            # The sum is symmetric, so only what lies on and right of the diagonal is computed.
-            self.products[start : start + PANEL, start:].addmm_(seen[:, start : start + PANEL].T, seen[:, start:])
+        add_products(seen, self.products, self.dtype)
         self.tokens += x.shape[0]
         self.held = seen[-HELD_TOKENS:].clone()
 
@@ -272,8 +289,14 @@ class InputCollector:
     The last inputs seen are kept as well, at most `HELD_TOKENS`.
     """
 
-    def __init__(self, linears: Iterable[tuple[str, nn.Module]], axes: dict[str, InputAxes]) -> None:
-        """`axes` holds an entry for every key of `linears`."""
+    def __init__(
+        self,
+        linears: Iterable[tuple[str, nn.Module]],
+        axes: dict[str, InputAxes],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`axes` holds an entry for every key of `linears`; `dtype` is that of products (see `add_products`)."""
+        self._dtype = dtype
         self._axes = axes
         self._sums: dict[str, _Sums] = {}
         self._handles = [module.register_forward_pre_hook(self._hook(key)) for key, module in linears]
@@ -285,7 +308,7 @@ class InputCollector:
                 return
             # Autocast, under which the layer runs, would rotate in bfloat16 and return that.
             with torch.autocast("cpu", enabled=False):
-                self._sums.setdefault(key, _Sums(x, self._axes[key])).add(x, self._axes[key])
+                self._sums.setdefault(key, _Sums(x, self._axes[key], self._dtype)).add(x, self._axes[key])
 
         return accumulate
 
