@@ -71,6 +71,21 @@ def test_the_gradients_of_gains_are_those_of_plain_autograd(groups, biased):
         torch.testing.assert_close(mine, exact)
 
 
+def test_gradients_of_gains_under_autocast_are_near_the_exact_ones():
+    torch.manual_seed(0)
+    linear = GainLinear(torch.randn(48, 64), 4, None)
+    x = torch.randn(2, 100, 64, requires_grad=True)
+    upstream = torch.randn(2, 100, 48)
+    exact = torch.autograd.grad((linear(x) * upstream).sum(), [x, linear.gain])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)
+    assert y.dtype == torch.bfloat16
+    found = torch.autograd.grad((y * upstream).sum(), [x, linear.gain])
+    for mine, wanted in zip(found, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - wanted).square().mean() < 1e-4 * wanted.square().mean()
+
+
 @pytest.fixture
 def student(monkeypatch):
     """Keeps the tuner of a run, whose model is the tuned student in memory."""

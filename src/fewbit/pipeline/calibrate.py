@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,8 +195,13 @@ class LayerStream:
                 handle.remove()
 
     def call_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer as it stands, differentiable where its weights are."""
-        result = self.layers[index](hidden, **self._kwargs[hidden.shape[0]][index])
+        """The layer as it stands, differentiable where its weights are.
+
+        In bfloat16 without AMX it runs under autocast: there `bfloat16_products` does not make it faster.
+        """
+        halved = self.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+        with torch.autocast("cpu", torch.bfloat16) if halved else nullcontext():
+            result = self.layers[index](hidden, **self._kwargs[hidden.shape[0]][index])
         return result[0] if isinstance(result, tuple) else result
 
 
@@ -226,6 +231,11 @@ class InputAxes:
             signs = None if self.signs is None else pack_signs(self.signs)
             return quantized_inputs(x, signs, self.block, self.group, self.act_bits, shift)
         return x if self.signs is None else rotate(x, self.signs, self.block)
+
+
+def full_precision() -> torch.autocast:
+    """Inside, products are float32 whatever the layers around them compute in."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def add_products(x: torch.Tensor, sums: torch.Tensor, dtype: torch.dtype) -> None:
@@ -307,7 +317,7 @@ class InputCollector:
             if not x.shape[0]:
                 return
             # Autocast, under which the layer runs, would rotate in bfloat16 and return that.
-            with torch.autocast("cpu", enabled=False):
+            with full_precision():
                 self._sums.setdefault(key, _Sums(x, self._axes[key], self._dtype)).add(x, self._axes[key])
 
         return accumulate

@@ -11,6 +11,7 @@ from fewbit.formats import get_format
 from fewbit.formats.twinquant import TwinQuant
 from fewbit.math.hadamard import rotate
 from fewbit.math.inputs import straight_through
+from fewbit.pipeline.calibrate import full_precision
 from fewbit.pipeline.jobs import Shard, tensor_signs
 from fewbit.pipeline.plan import PlannedTensor
 
@@ -64,12 +65,12 @@ class TwinGainLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, gains = self.spec, self.learned
-        x = x - self.shift
-        seen = straight_through(
-            x if self.signs is None else rotate(x, self.signs, spec.block), spec.group, spec.act_bits
-        )
+        with full_precision():
+            x = x.float() - self.shift
+            rotated = x if self.signs is None else rotate(x, self.signs, spec.block)
+            seen = straight_through(rotated, spec.group, spec.act_bits)
         if spec.rank:
-            h = _Scaled.apply(seen, self.down, gains["down_scales"])
+            h = _Scaled.apply(seen, self.down, gains["down_scales"]).float()
             seen = torch.cat([seen, straight_through(h, spec.group, spec.act_bits)], -1)
         y = _Scaled.apply(seen, self.both, gains["scales"]) + self.offset * gains["offset"]
         return y if self.bias is None else y + self.bias * gains["bias"]
@@ -84,19 +85,24 @@ def with_gains(tensor: PlannedTensor, shard: Shard, bias: torch.Tensor | None) -
 
 
 class _Scaled(torch.autograd.Function):
-    """The product with the scaled weight; a product of its own, because autograd would keep the scaled weight."""
+    """The product with the scaled weight; a product of its own, because autograd would keep the scaled weight.
+
+    Under autocast the way back is in bfloat16 too, and inputs are kept in it.
+    """
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
         context.save_for_backward(x, weight, gain)
-        return nn.functional.linear(x, _scaled(weight, gain))
+        return nn.functional.linear(x, _scaled(weight, gain).to(x.dtype))
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
         x, weight, gain = context.saved_tensors
-        out = gradients[0].reshape(-1, weight.shape[0])
-        to_input = (out @ _scaled(weight, gain)).view(x.shape)
-        to_weight = out.T @ x.reshape(-1, weight.shape[1])
+        out = gradients[0].reshape(-1, weight.shape[0]).to(x.dtype)
+        to_input = (out @ _scaled(weight, gain).to(x.dtype)).view(x.shape)
+        to_weight = (out.T @ x.reshape(-1, weight.shape[1])).to(weight.dtype)
         return to_input, None, to_weight.mul_(weight).view(*gain.shape, -1).sum(-1)
 
 

@@ -27,7 +27,7 @@ from fewbit.math.inputs import straight_through
 from fewbit.math.lowrank import balanced, leading_directions
 from fewbit.math.manifolds import MOST_CONDITION, Invertible, Orthogonal
 from fewbit.models import Family, get_family
-from fewbit.pipeline.calibrate import LayerStream
+from fewbit.pipeline.calibrate import LayerStream, full_precision
 from fewbit.pipeline.descent import Descent, share_of_rate
 from fewbit.pipeline.jobs import BRANCHES, tensor_signs
 from fewbit.pipeline.memory import activation_bytes, available_memory
@@ -316,11 +316,6 @@ class Learner:
         branches = {name: linear.down() for name, linear in self.linears.items() if linear.start is not None}
         write_tensors(self.work / BRANCHES, branches)
         Transform(left @ right, found.gains, found.scales, found.values).save(self.work / TRANSFORM)
-
-
-def full_precision() -> torch.autocast:
-    """Inside, products are float32 whatever the layers around them compute in."""
-    return torch.autocast("cpu", enabled=False)
 
 
 def learning_windows(steps: int) -> int:
