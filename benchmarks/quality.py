@@ -116,11 +116,12 @@ def measure_peer(
     """Quantize with llama.cpp and evaluate one row, in float32."""
     files = [fetch_text(name) for name in CALIBRATION]
     importance = kept_importance_matrix(reference, files, calib_tokens)
+    # Before the other model is there: two of them may not fit into memory.
+    full = kept_logits(reference, text, **settings)
     model, tokenizer = load_any(reference, torch.float32)
     started = time.monotonic()
     facts = requantize(model, open_source(reference), recipe, importance)
     quantized = time.monotonic()
-    full = kept_logits(reference, text, **settings)
     scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
     row, base = scores["row"], scores["full"]
     return {
