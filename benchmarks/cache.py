@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from encode import commit
 
@@ -26,9 +27,9 @@ REFERENCE = "float32"
 def predictions(decoder: Any, window: torch.Tensor) -> torch.Tensor:
     """Log probabilities float32 `[window / 2, vocabulary]` of a window's second half."""
     size = window.numel()
-    places = torch.arange(size, dtype=torch.int32)
-    batch = Batch(window.int(), places, torch.zeros_like(places), places[size // 2 - 1 : -1].contiguous())
-    return decoder.forward(batch).log_softmax(1)
+    places = np.arange(size, dtype=np.int32)
+    batch = Batch(window.int().numpy(), places, np.zeros_like(places), places[size // 2 - 1 : -1])
+    return torch.from_numpy(decoder.forward(batch)).log_softmax(1)
 
 
 def measure(path: Path, windows: torch.Tensor, kv: str) -> tuple[float, list[float]]:

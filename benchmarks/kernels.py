@@ -154,8 +154,8 @@ def measure_reading(megabytes: int, repeats: int) -> dict[str, float]:
     """Gigabytes per second of reading a buffer in huge pages, next to nothing done with what is read."""
     native = load_native()
     buffer = native.huge_bytes(megabytes << 20)
-    buffer.fill_(1)
-    return rate(buffer.numel() / 1e9, repeats, lambda: native.read_bytes(buffer))
+    buffer.fill(1)
+    return rate(buffer.nbytes / 1e9, repeats, lambda: native.read_bytes(buffer))
 
 
 def measure_call(repeats: int) -> dict[str, float]:

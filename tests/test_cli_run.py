@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,8 +163,16 @@ def test_the_oldest_turns_make_room(engine):
     assert 3 <= len(talk.messages) < 13
 
 
-def test_an_interrupt_stops_the_answer_and_keeps_what_there_is(engine):
+def test_an_interrupt_stops_the_answer_and_keeps_what_there_is(engine, monkeypatch):
     pieces = []
+    decoder = engine._loop.decoder
+    forward = decoder.forward
+
+    def slow(batch):
+        time.sleep(0.01)  # or all of the answer is there before the third piece is shown
+        return forward(batch)
+
+    monkeypatch.setattr(decoder, "forward", slow)
 
     class Screen(io.StringIO):
         def write(self, text: str) -> int:

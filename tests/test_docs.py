@@ -11,6 +11,7 @@ import torch
 import typer.main
 
 from fewbit.cli import app
+from fewbit.dtypes import name_of, torch_dtype
 from fewbit.formats import base, format_names, get_format
 from fewbit.math.rounding import inverse_factor, quantize_rotated
 
@@ -129,7 +130,7 @@ def test_the_checkpoint_page_lists_the_parts_that_a_format_stores(name):
     listed = re.findall(rf"^\| `{name}` \| `(\w+)` \| (\w+) \|", text_of(ROOT / "docs" / "checkpoint.md"), re.MULTILINE)
     fmt = get_format(name)
     layout = fmt.layout(fmt.spec(32, 256, fmt.bits[0]))
-    assert listed == [(part, str(dtype).removeprefix("torch.")) for part, (_, dtype) in layout.items()]
+    assert listed == [(part, str(torch_dtype(dtype)).removeprefix("torch.")) for part, (_, dtype) in layout.items()]
 
 
 def test_the_example_format_works(monkeypatch):
@@ -141,7 +142,7 @@ def test_the_example_format_works(monkeypatch):
     weight = torch.randn(17, 576, generator=torch.Generator().manual_seed(0))
     for factor in (None, inverse_factor(weight.t() @ weight)):
         done = quantize_rotated(fmt, weight, spec, factor)
-        assert {name: (tuple(part.shape), part.dtype) for name, part in done.parts.items()} == fmt.layout(spec)
+        assert {name: (tuple(part.shape), name_of(part.dtype)) for name, part in done.parts.items()} == fmt.layout(spec)
         assert torch.equal(fmt.dequantize(done.parts, spec), done.values)
     assert "row4" not in format_names()
 

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _engine(path: str, context: int | None, threads: int | None, kv: str, draft: int) -> Iterator[Engine]:
-    from transformers.utils import logging
-
     from fewbit.runtime.engine import Engine
 
-    logging.disable_progress_bar()
     with Engine(path, slots=1, context=context, threads=threads, kv=kv, draft=draft) as engine:
         yield engine
 

@@ -10,12 +10,11 @@ import platform
 from importlib import metadata
 from typing import Any
 
-import torch
-
 from fewbit import __version__
 from fewbit.formats import format_names
 from fewbit.models import families
 from fewbit.ops.extension import load_native
+from fewbit.torch_later import torch
 
 _PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy")
 

@@ -29,5 +29,9 @@ class NonFiniteWeights(FewbitError):
     """A weight holds NaN or infinity."""
 
 
+class CannotLower(FewbitError):
+    """A model that native programs do not know; the message says why."""
+
+
 class EngineError(FewbitError):
     """An engine cannot give an answer: it was closed, its decoder failed, or the process was forked."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fewbit.checkpoint.artifact import QuantizedModule
+from fewbit.dtypes import torch_dtype
 from fewbit.formats import get_format
 from fewbit.formats.svdquant import SvdQuant
 from fewbit.math.hadamard import rotate, unpack_signs, unrotate
@@ -48,7 +49,7 @@ class PackedTensor(nn.Module):
         self.code = self.spec.format
         self._part_names = tuple(description.layout())
         for name, (shape, dtype) in description.layout().items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+            self.register_buffer(name, torch.empty(shape, dtype=torch_dtype(dtype)))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()` and `.half()` move the parts, but never change their dtypes: they are bits, not numbers."""

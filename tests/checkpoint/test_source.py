@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from fewbit.checkpoint.gguf_source import check_header, unpermute_rotary
 from fewbit.checkpoint.plain import load_plain, write_plain
-from fewbit.checkpoint.source import INDEX, MAX_HEADER, SINGLE, open_source
+from fewbit.checkpoint.source import INDEX, SINGLE, open_source
+from fewbit.checkpoint.tensors import MAX_HEADER
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 
 

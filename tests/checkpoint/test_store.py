@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fewbit.checkpoint import store
 from fewbit.checkpoint.store import ShardedWriter, read_json, read_tensors, tensors_hash, write_json, write_tensors
+from fewbit.dtypes import NAMES, torch_dtype
 from fewbit.errors import CorruptFile, FewbitError
 
-DTYPES = tuple(store._DTYPE_NAMES)
+DTYPES = tuple(torch_dtype(name) for name in NAMES)
 
 
 def tensors_of_every_dtype() -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(store, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(FewbitError, match="free some space"):
         write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fewbit.dtypes import name_of
 from fewbit.errors import UsageError
 from fewbit.formats import format_names, get_format, group_format, group_format_names
 from fewbit.formats.base import GroupFormat, TensorSpec
@@ -43,7 +44,7 @@ def test_parts_match_the_layout_and_decode_to_the_encoders_values(name, bits, ro
     weight = _random(rows + cols, rows, cols)
     done = quantize_rotated(fmt, weight, spec)
     layout = fmt.layout(spec)
-    assert {key: (tuple(part.shape), part.dtype) for key, part in done.parts.items()} == layout
+    assert {key: (tuple(part.shape), name_of(part.dtype)) for key, part in done.parts.items()} == layout
     assert sum(part.numel() * part.element_size() for part in done.parts.values()) == fmt.storage_bytes(spec)
     assert done.values.shape == weight.shape
     assert done.values.dtype == torch.float32

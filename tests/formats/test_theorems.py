@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fewbit.dtypes import numpy_dtype
 from fewbit.formats import get_format
 from fewbit.formats.scalar import PAPER_ALPHA, gaussian_levels, ternary_codes, ternary_grid, ternary_values
 from fewbit.math.hadamard import fwht, random_signs, rotate, unrotate
@@ -134,5 +135,5 @@ def test_the_zero_point_is_zero_for_nearly_all_blocks():
 def test_a_block_of_256_takes_100_bytes():
     fmt = get_format("ternary")
     layout = fmt.layout(fmt.spec(1, BLOCK, 3))
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in layout.items()}
+    sizes = {name: torch.Size(shape).numel() * numpy_dtype(dtype).itemsize for name, (shape, dtype) in layout.items()}
     assert sizes == {"codes": 96, "scales": 2, "zeros": 2}

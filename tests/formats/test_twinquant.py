@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fewbit.checkpoint.artifact import QuantizedModule
+from fewbit.dtypes import name_of
 from fewbit.errors import NonFiniteWeights, UnsupportedShape, UsageError
 from fewbit.formats import get_format
 from fewbit.formats.base import InputStatistics, TensorSpec
@@ -95,7 +96,7 @@ def test_parts_match_the_layout_and_decode_to_the_values(rank, calibrated):
     weight = _weight(270, 256)
     spec = TensorSpec("twinquant", 4, 270, 256, 256, 64, rank, 4)
     done = FORMAT.quantize(weight, spec, SIGNS, _calibration(_inputs(600, 256), spec) if calibrated else {})
-    assert {name: (tuple(part.shape), part.dtype) for name, part in done.parts.items()} == FORMAT.layout(spec)
+    assert {name: (tuple(part.shape), name_of(part.dtype)) for name, part in done.parts.items()} == FORMAT.layout(spec)
     assert sum(part.numel() * part.element_size() for part in done.parts.values()) == FORMAT.storage_bytes(spec)
     assert torch.equal(FORMAT.dequantize(done.parts, spec), done.values)
     rotated = rotate(weight, SIGNS, 256)

@@ -197,13 +197,31 @@ def test_lanes_multiply_like_the_stored_layout(isa, rows, cols, bits, beside):
 def test_native_lanes_are_the_specified_ones_and_turn_back(rows, bits, beside):
     codes = _matrix(rows, 1536, bits)["codes"]
     lanes = layouts.to_lanes(codes, bits, beside)
-    found = native.huge_bytes(lanes.numel()).view(lanes.shape)
+    found = torch.from_numpy(native.huge_bytes(lanes.numel())).view(lanes.shape)
     native.place(codes, found, bits, beside)
     assert torch.equal(found, lanes)
     assert torch.equal(layouts.from_lanes(lanes, codes.shape[0], 1536, bits), codes)
     copy = torch.empty_like(codes)
     native.place(codes, copy, bits, 1)
     assert torch.equal(copy, codes)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 16, 90, 220])
+@pytest.mark.parametrize("cols", [1536, 48])
+def test_codes_read_in_pieces_are_placed_like_those_in_memory(monkeypatch, rows, cols):
+    codes = _matrix(rows, cols, 3)["codes"] if cols == 1536 else torch.arange(rows * cols).view(rows, cols).byte()
+    group = 256 if cols == 1536 else 16
+    stored = codes.numpy().reshape(-1)
+    monkeypatch.setattr(layouts, "PIECE_BYTES", 50_000)
+
+    def read(piece, first):
+        piece.reshape(-1)[:] = stored[first : first + piece.size]
+
+    found, code = layouts.read_placed(native, read, tuple(codes.shape), 3, group)
+    wanted, same = layouts.place(codes, 3, group, "trellis")
+    assert code == same
+    assert torch.equal(torch.from_numpy(found), wanted)
 
 
 def test_lists_of_different_lengths_are_refused():

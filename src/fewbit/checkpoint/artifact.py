@@ -12,19 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from fewbit.checkpoint.equivalent import equivalent
-from fewbit.checkpoint.source import Source, SourceRows
 from fewbit.checkpoint.store import FORMAT_VERSION, read_json, tensors_hash
+from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.formats import TensorSpec, get_format
 from fewbit.formats.base import Layout
 from fewbit.math.hadamard import unpack_signs
 from fewbit.math.rounding import decoded_error
+from fewbit.torch_later import torch
+
+if TYPE_CHECKING:
+    from fewbit.checkpoint.source import Source, SourceRows
 
 MAX_HEADER_BYTES = 100 << 20
 ERROR_TOLERANCE = 1e-3  # of a recorded error; sums of another machine round differently
@@ -43,7 +45,7 @@ class QuantizedModule:
         """Stored parts with shapes and dtypes, the packed signs of a rotated tensor included."""
         layout = dict(get_format(self.spec.format).layout(self.spec))
         if self.spec.block > 1:
-            layout["signs"] = ((-(-self.spec.cols // 8),), torch.uint8)
+            layout["signs"] = ((-(-self.spec.cols // 8),), "U8")
         return layout
 
 
@@ -134,9 +136,9 @@ class Artifact:
         parts = {name.removeprefix(f"{module.name}."): tensor for name, tensor in tensors.items()}
         for part, (shape, dtype) in layout.items():
             tensor = parts[part]
-            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            if tuple(tensor.shape) != tuple(shape) or name_of(tensor.dtype) != dtype:
                 raise CorruptFile(
-                    f"{module.name}.{part}: {tensor.dtype} {tuple(tensor.shape)} where the format has "
+                    f"{module.name}.{part}: {name_of(tensor.dtype)} {tuple(tensor.shape)} where the format has "
                     f"{dtype} {tuple(shape)}; copy the checkpoint again"
                 )
         return parts
@@ -167,6 +169,9 @@ class Artifact:
         A tensor has to be there, have the shape of its format, hold the bytes that were recorded and decode to
         finite numbers; given the `source` it was made from, also have the error that was recorded.
         """
+        from fewbit.checkpoint.equivalent import equivalent
+        from fewbit.checkpoint.source import SourceRows
+
         if source is not None and source.fingerprint() != self.record["source_fingerprint"]:
             raise UsageError(f"{source.path} is not the model that {self.path} was made from; give that one")
         if source is not None:
@@ -219,10 +224,10 @@ def check_header(path: Path) -> None:
         raise CorruptFile(f"{path}: a header of {size} bytes exceeds the limit of {MAX_HEADER_BYTES}")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, framework: str = "pt") -> Any:
     check_header(path)
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         raise CorruptFile(f"{path} is damaged ({error}); copy the checkpoint again") from error
 
@@ -235,5 +240,5 @@ def _get(handle: Any, name: str, path: Path) -> torch.Tensor:
 
 
 def _safe_keys(path: Path) -> list[str]:
-    with _open(path) as handle:
+    with _open(path, "numpy") as handle:
         return list(handle.keys())

@@ -17,11 +17,10 @@ import torch
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
 from fewbit.errors import UsageError
-from fewbit.models import Family, Place, SharedInput, get_family
+from fewbit.models import OUTPUT_ROTATION, Family, Place, SharedInput, get_family
 
 TRANSFORM = "transform.safetensors"
 RESIDUAL = "residual"
-OUTPUT_ROTATION = "rotation"  # the name of a parameter of the final norm
 
 
 @dataclass(frozen=True)

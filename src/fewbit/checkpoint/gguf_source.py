@@ -15,7 +15,8 @@ import gguf
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fewbit.checkpoint.source import MAX_HEADER, Source, fingerprint_files, first_line, strip_quantization
+from fewbit.checkpoint.source import Source, fingerprint_files, strip_quantization
+from fewbit.checkpoint.tensors import MAX_HEADER, first_line
 from fewbit.errors import CorruptFile, UsageError
 from fewbit.models import Family, families
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from fewbit.checkpoint.equivalent import OUTPUT_ROTATION, rotate_output
+from fewbit.checkpoint.equivalent import rotate_output
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import SHARD_LIMIT, ShardedWriter
 from fewbit.errors import CorruptFile, UsageError
 from fewbit.experts import fuse_names
-from fewbit.models import find_family
+from fewbit.models import OUTPUT_ROTATION, find_family
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -18,23 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from fewbit.checkpoint.tensors import SafetensorsFile, first_line
+from fewbit.dtypes import FLOATS
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.models import Experts, find_family
+from fewbit.torch_later import torch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MAX_HEADER = 100_000_000
-"""Bytes that the header of a safetensors or GGUF file may take."""
-
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES = {**_FLOAT_DTYPES, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _COMPANION_FILES = (*_TOKENIZER_FILES, "chat_template*", "generation_config.json")
 _HUB_FILES = [*_COMPANION_FILES, "config.json", "*.safetensors", INDEX]
@@ -167,10 +162,10 @@ class SafetensorsSource(Source):
                     self._where |= _entries(file, name, shape, experts)
         for stored in self._where.values():
             dtype = self._files[stored.file].tensors[stored.name][0]
-            if dtype not in _FLOAT_DTYPES:
+            if dtype not in FLOATS:
                 raise UsageError(
                     f"{directory / stored.file}: {stored.name} has dtype {dtype}; full-precision models have "
-                    f"{', '.join(_FLOAT_DTYPES)}: give the model from before its quantization"
+                    f"{', '.join(FLOATS)}: give the model from before its quantization"
                 )
 
     def _is_weight(self, name: str) -> bool:
@@ -206,7 +201,9 @@ class SafetensorsSource(Source):
         stored, shape = self._stored(name)
         if stored.expert is not None:
             first += (stored.expert * shape[1] + stored.first_row) * math.prod(shape[2:])
-        return self._files[stored.file].read(stored.name, first, count).float()
+        file = self._files[stored.file]
+        numbers = torch.from_numpy(file.read(stored.name, first, count))
+        return (numbers.view(torch.bfloat16) if file.tensors[stored.name][0] == "BF16" else numbers).float()
 
     def fingerprint(self) -> str:
         return fingerprint_files([self.path / file for file in sorted(self._files)], self.config)
@@ -301,57 +298,6 @@ def _shard_files(directory: Path) -> dict[str, set[str]]:
     return files
 
 
-class SafetensorsFile:
-    """Reads pieces of a safetensors file.
-
-    The library would map it; pages of a mapped file count as this process's memory, the whole model in the end, and
-    one that is cut off while it is mapped ends the process without a word.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > MAX_HEADER:
-                raise CorruptFile(f"{path}: header of {size} bytes, allowed are {MAX_HEADER}; the file is damaged")
-            try:
-                # The library checks that the header and the file fit together.
-                with safe_open(path, framework="pt", device="cpu"):
-                    header = json.loads(file.read(size))
-            except (SafetensorError, OSError, ValueError) as error:
-                raise self._damaged(error) from error
-        header.pop("__metadata__", None)
-        self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {
-            name: (entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
-            for name, entry in header.items()
-        }
-        """Dtype, shape and place in the file."""
-
-    def _damaged(self, error: Exception) -> CorruptFile:
-        return CorruptFile(f"{self.path}: {first_line(error)}; the file is cut off or damaged, download it again")
-
-    def read(self, name: str, first: int, count: int) -> torch.Tensor:
-        """`count` numbers of a tensor from the number `first` on."""
-        dtype = self.tensors[name][0]
-        numbers = torch.empty(count, dtype=_DTYPES[dtype])
-        self.read_into(numbers, name, first)
-        return numbers
-
-    def read_into(self, numbers: torch.Tensor, name: str, first: int = 0) -> None:
-        """Fill a contiguous tensor of the stored dtype with a tensor's numbers from the number `first` on."""
-        left = numbers.view(-1).view(torch.uint8).numpy().data
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.tensors[name][2] + first * numbers.element_size())
-                while left:
-                    done = file.readinto(left)
-                    if not done:
-                        raise OSError(f"{name} ends too early")
-                    left = left[done:]
-        except OSError as error:
-            raise self._damaged(error) from error
-
-
 def _download(name: str) -> Path:
     """A snapshot of a hub model, for a `name` that is no local path."""
     if not _HUB_ID.fullmatch(name):
@@ -366,8 +312,3 @@ def _download(name: str) -> Path:
             f"{name}: no local path, and the hub did not give it ({type(error).__name__}: {first_line(error)}); "
             "check the name and the network, or give a local directory"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

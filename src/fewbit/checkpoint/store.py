@@ -14,28 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from fewbit.dtypes import NAMES, name_of
 from fewbit.errors import CorruptFile, FewbitError
+from fewbit.torch_later import torch
 
 FORMAT_VERSION = 1
 SHARD_LIMIT = 4 << 30
 _COPY_BYTES = 1 << 24
-_DTYPE_NAMES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_RANKS = {dtype: len(_DTYPE_NAMES) - place for place, dtype in enumerate(_DTYPE_NAMES)}
 
 
 @contextmanager
@@ -75,6 +62,8 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file under a temporary name, then rename."""
+    from safetensors.torch import save_file
+
     partial = path.with_name(path.name + ".partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +106,7 @@ class ShardedWriter:
     def __init__(self, directory: Path, limit: int = SHARD_LIMIT) -> None:
         self._directory = directory
         self._limit = limit
-        self._entries: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
+        self._entries: list[tuple[str, str, tuple[int, ...], int, int]] = []
         self._data = directory / "tensors.partial"
         self._size = 0
         self._total = 0
@@ -131,7 +120,7 @@ class ShardedWriter:
         with disk_errors(self._data), self._data.open("ab" if self._entries else "wb") as file:
             if size:
                 file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._entries.append((name, tensor.dtype, tuple(tensor.shape), self._size, size))
+        self._entries.append((name, name_of(tensor.dtype), tuple(tensor.shape), self._size, size))
         self._size += size
         self._total += size
 
@@ -140,12 +129,12 @@ class ShardedWriter:
 
     def _flush(self) -> None:
         # The library's order: widest types first, so that every tensor is aligned, then names.
-        ordered = sorted(self._entries, key=lambda entry: (-_RANKS[entry[1]], entry[0]))
+        ordered = sorted(self._entries, key=lambda entry: (NAMES.index(entry[1]), entry[0]))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, dtype, shape, _, size in ordered:
             header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
+                "dtype": dtype,
                 "shape": list(shape),
                 "data_offsets": [offset, offset + size],
             }

@@ -2,21 +2,23 @@
 
 A format is one file: how many bytes a tensor takes, how one group of columns is encoded, and how stored
 parts become weights again. Formats work on float32 weights that are already rotated where the format
-asks for it; they read and write no files and know nothing about models.
+asks for it; they read and write no files and know nothing about models. How a matrix is stored (`spec`, `layout`) is
+said without torch.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
+from fewbit.dtypes import numpy_dtype
 from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.math.hadamard import MIN_BLOCK, rotation_block, scale_group
 from fewbit.math.rounding import Quantized, Rows, inverse_factor, quantize_matrix
+from fewbit.torch_later import torch
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class InputStatistics:
     mean_quantized: torch.Tensor | None = None
 
 
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Layout = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of stored parts, the dtype by its name in `fewbit.dtypes`."""
 
 
 class Format(ABC):
@@ -177,7 +180,7 @@ class Format(ABC):
     def storage_bytes(self, spec: TensorSpec) -> int:
         total = 0
         for shape, dtype in self.layout(spec).values():
-            total += torch.Size(shape).numel() * dtype.itemsize
+            total += math.prod(shape) * numpy_dtype(dtype).itemsize
         return total
 
 

@@ -5,7 +5,7 @@ Shared by the formats whose codes are narrower than a byte; nothing here knows w
 
 from __future__ import annotations
 
-import torch
+from fewbit.torch_later import torch
 
 
 def pack_bits(values: torch.Tensor, width: int) -> torch.Tensor:

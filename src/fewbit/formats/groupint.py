@@ -5,13 +5,12 @@ Not rotated: eight bits carry outliers well enough, and an embedding row can be 
 
 from __future__ import annotations
 
-import torch
-
 from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.formats.base import EncodedGroup, Layout, TensorSpec, register
 from fewbit.formats.rowwise import RowwiseFormat
 from fewbit.math.hadamard import scale_group
 from fewbit.math.rounding import round_integers
+from fewbit.torch_later import torch
 
 UNIT = 32
 MAX_CODE = 127
@@ -37,9 +36,9 @@ class GroupInt8(RowwiseFormat):
 
     def layout(self, spec: TensorSpec) -> Layout:
         return {
-            "codes": ((spec.rows, spec.cols), torch.int8),
-            "scales": ((spec.rows, spec.groups), torch.float16),
-            "scale": ((1,), torch.float32),
+            "codes": ((spec.rows, spec.cols), "I8"),
+            "scales": ((spec.rows, spec.groups), "F16"),
+            "scale": ((1,), "F32"),
         }
 
     def tensor_scale(self, weight: torch.Tensor, spec: TensorSpec) -> float:

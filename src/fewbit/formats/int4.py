@@ -8,12 +8,11 @@ is uint8 `[ceil(N / 16), 8 K]`; inside (row group, scale group) the byte `(c // 
 
 from __future__ import annotations
 
-import torch
-
 from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.formats.base import EncodedGroup, GroupFormat, Layout, TensorSpec, register
 from fewbit.math.hadamard import MIN_BLOCK, rotation_block
 from fewbit.math.rounding import round_integers
+from fewbit.torch_later import torch
 
 ROW_GROUP = 16
 OFFSET = 8
@@ -81,9 +80,9 @@ class Int4(GroupFormat):
 
     def layout(self, spec: TensorSpec) -> Layout:
         return {
-            "codes": ((-(-spec.rows // ROW_GROUP), 8 * spec.cols), torch.uint8),
-            "scales": ((spec.rows, spec.groups), torch.float16),
-            "scale": ((1,), torch.float32),
+            "codes": ((-(-spec.rows // ROW_GROUP), 8 * spec.cols), "U8"),
+            "scales": ((spec.rows, spec.groups), "F16"),
+            "scale": ((1,), "F32"),
         }
 
     def tensor_scale(self, weight: torch.Tensor, spec: TensorSpec) -> float:

@@ -10,13 +10,12 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from fewbit.errors import FewbitError
 from fewbit.formats.base import EncodedGroup, Layout, TensorSpec, register
 from fewbit.formats.bits import pack_bits, unpack_bits
 from fewbit.formats.rowwise import RowwiseFormat
 from fewbit.math.rounding import round_in_chunks
+from fewbit.torch_later import torch
 
 SUB_BLOCK = 32
 CHUNK = 4
@@ -150,7 +149,7 @@ class Iq3S(RowwiseFormat):
     bits = (3,)
 
     def layout(self, spec: TensorSpec) -> Layout:
-        return {"blocks": ((spec.rows, spec.groups, block_bytes(spec.group)), torch.uint8)}
+        return {"blocks": ((spec.rows, spec.groups, block_bytes(spec.group)), "U8")}
 
     def encode_group(
         self, weight: torch.Tensor, spec: TensorSpec, tensor_scale: float, factor: torch.Tensor | None

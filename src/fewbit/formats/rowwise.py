@@ -5,9 +5,8 @@ Such parts are joined along the inputs, and any rows of them decode by themselve
 
 from __future__ import annotations
 
-import torch
-
 from fewbit.formats.base import EncodedGroup, GroupFormat, TensorSpec
+from fewbit.torch_later import torch
 
 
 class RowwiseFormat(GroupFormat):

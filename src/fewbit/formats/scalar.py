@@ -10,12 +10,11 @@ import functools
 import itertools
 import math
 
-import torch
-
 from fewbit.formats.base import EncodedGroup, Layout, TensorSpec, register
 from fewbit.formats.bits import pack_bits, unpack_bits
 from fewbit.formats.rowwise import RowwiseFormat
 from fewbit.math.rounding import round_in_chunks
+from fewbit.torch_later import torch
 
 FIELD_BITS = 3
 PAPER_ALPHA = 0.798
@@ -24,7 +23,7 @@ PAPER_ALPHA = 0.798
 MAX_ZERO = 2048.0
 """Up to here every integer is exact in fp16."""
 
-_FP16_MAX = torch.finfo(torch.float16).max
+_FP16_MAX = 65504.0
 
 
 @functools.cache
@@ -98,9 +97,9 @@ class Ternary(RowwiseFormat):
 
     def layout(self, spec: TensorSpec) -> Layout:
         return {
-            "codes": ((spec.rows, spec.cols * FIELD_BITS // 8), torch.uint8),
-            "scales": ((spec.rows, spec.groups), torch.float16),
-            "zeros": ((spec.rows, spec.groups), torch.float16),
+            "codes": ((spec.rows, spec.cols * FIELD_BITS // 8), "U8"),
+            "scales": ((spec.rows, spec.groups), "F16"),
+            "zeros": ((spec.rows, spec.groups), "F16"),
         }
 
     def encode_group(
@@ -138,8 +137,8 @@ class Lloyd8(RowwiseFormat):
 
     def layout(self, spec: TensorSpec) -> Layout:
         return {
-            "codes": ((spec.rows, spec.cols * FIELD_BITS // 8), torch.uint8),
-            "scales": ((spec.rows, spec.groups), torch.float16),
+            "codes": ((spec.rows, spec.cols * FIELD_BITS // 8), "U8"),
+            "scales": ((spec.rows, spec.groups), "F16"),
         }
 
     def encode_group(

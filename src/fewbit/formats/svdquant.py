@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from fewbit.formats.base import Layout, TensorSpec, get_format, group_format, register
 from fewbit.formats.twinquant import Components, TwinQuant, both_spec
 from fewbit.math.lowrank import leading_directions
 from fewbit.math.rounding import inverse_factor, quantize_rotated
+from fewbit.torch_later import torch
 
 
 @register
@@ -32,10 +31,10 @@ class SvdQuant(TwinQuant):
     def layout(self, spec: TensorSpec) -> Layout:
         return {
             **get_format("int4").layout(_residual_spec(spec)),
-            "down": ((spec.rank, spec.cols), torch.float16),
-            "up": ((spec.rows, spec.rank), torch.float16),
-            "shift": ((spec.cols,), torch.float16),
-            "offset": ((spec.rows,), torch.float32),
+            "down": ((spec.rank, spec.cols), "F16"),
+            "up": ((spec.rows, spec.rank), "F16"),
+            "shift": ((spec.cols,), "F16"),
+            "offset": ((spec.rows,), "F32"),
         }
 
     def encode(

@@ -17,12 +17,12 @@ import json
 from dataclasses import dataclass, replace
 from importlib import resources
 
-import torch
-
+from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile, NonFiniteWeights, UsageError
 from fewbit.formats.base import EncodedGroup, GroupFormat, Layout, TensorSpec, register
 from fewbit.formats.bits import pack_bits, unpack_bits
 from fewbit.ops.extension import load_native
+from fewbit.torch_later import torch
 
 WINDOW = 12
 TILE = 16  # rows of a row group, and columns between two steps of error feedback
@@ -268,10 +268,10 @@ class TrellisFormat(GroupFormat):
 
     def layout(self, spec: TensorSpec) -> Layout:
         return {
-            "codes": ((-(-spec.rows // TILE), 2 * spec.bits * spec.cols), torch.uint8),
-            "scales": ((spec.rows, spec.groups), torch.float16),
-            "scale": ((1,), torch.float32),
-            "tables": ((40,), torch.int8),
+            "codes": ((-(-spec.rows // TILE), 2 * spec.bits * spec.cols), "U8"),
+            "scales": ((spec.rows, spec.groups), "F16"),
+            "scale": ((1,), "F32"),
+            "tables": ((40,), "I8"),
         }
 
     def tensor_scale(self, weight: torch.Tensor, spec: TensorSpec) -> float:
@@ -320,9 +320,9 @@ class TrellisFormat(GroupFormat):
     def dequantize(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         for part, (shape, dtype) in self.layout(spec).items():
             found = parts[part]
-            if tuple(found.shape) != shape or found.dtype != dtype:
+            if tuple(found.shape) != shape or name_of(found.dtype) != dtype:
                 raise CorruptFile(
-                    f"trellis: {part} must be {dtype} {list(shape)}, not {found.dtype} {list(found.shape)}; "
+                    f"trellis: {part} must be {dtype} {list(shape)}, not {name_of(found.dtype)} {list(found.shape)}; "
                     "the file does not match its plan, fetch or quantize it again"
                 )
         codes, tables = parts["codes"].contiguous(), parts["tables"].contiguous()

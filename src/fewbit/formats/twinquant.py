@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from fewbit.errors import NonFiniteWeights, UsageError
 from fewbit.formats.base import Format, InputStatistics, Layout, TensorSpec, get_format, group_format, register
 from fewbit.math.hadamard import rotate
 from fewbit.math.inputs import quantized_inputs
 from fewbit.math.lowrank import balanced, fitted_up, leading_directions
 from fewbit.math.rounding import Quantized, Rows, energy, inverse_factor, one_thread, quantize_rotated
+from fewbit.torch_later import torch
 
 ACT_BITS = (4, 8, 16)
 DOWN = "down_"
@@ -67,8 +66,8 @@ class TwinQuant(Format):
         return {
             **both,
             **{DOWN + name: part for name, part in down.items()},
-            "shift": ((spec.cols,), torch.float16),
-            "offset": ((spec.rows,), torch.float32),
+            "shift": ((spec.cols,), "F16"),
+            "offset": ((spec.rows,), "F32"),
         }
 
     def calibration(self, inputs: InputStatistics, damping: float) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fewbit.checkpoint.artifact import check_version, modules_from_json
 from fewbit.checkpoint.equivalent import rotate_output
 from fewbit.checkpoint.store import FORMAT_VERSION
+from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile
 from fewbit.experts import separate_experts
 from fewbit.models import find_family
@@ -82,9 +83,9 @@ class FewbitQuantizer(HfQuantizer):
             if isinstance(module, PackedTensor):
                 for part, (shape, dtype) in module.description.layout().items():
                     tensor = getattr(module, part)
-                    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+                    if name_of(tensor.dtype) != dtype or tuple(tensor.shape) != tuple(shape):
                         raise CorruptFile(
-                            f"{name}.{part} arrived as {tensor.dtype} {tuple(tensor.shape)} instead of "
+                            f"{name}.{part} arrived as {name_of(tensor.dtype)} {tuple(tensor.shape)} instead of "
                             f"{dtype} {tuple(shape)}; run: fewbit verify on the checkpoint"
                         )
                 module.place()

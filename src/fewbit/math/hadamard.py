@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
+from fewbit.torch_later import torch
 
 MAX_BLOCK = 256
 MIN_BLOCK = 32

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from fewbit.math.hadamard import rotate, unpack_signs
+from fewbit.torch_later import torch
 
 
 def straight_through(x: torch.Tensor, group: int, bits: int) -> torch.Tensor:

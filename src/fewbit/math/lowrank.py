@@ -6,10 +6,9 @@ Notation for `W [N, K]` with inputs `x [K]` of second moment `H`: `W ~ R + V U`,
 
 from __future__ import annotations
 
-import torch
-
 from fewbit.errors import UsageError
 from fewbit.math.hadamard import hadamard_matrix
+from fewbit.torch_later import torch
 
 INITS = ("svd", "whitened")
 SMALLEST_SHARE = 1e-6  # of the largest eigenvalue; below, a direction counts as that

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.math.hadamard import rotate
+from fewbit.torch_later import torch
 
 if TYPE_CHECKING:
     from fewbit.formats.base import Format, GroupFormat, TensorSpec

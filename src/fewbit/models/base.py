@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from fewbit.errors import UsageError
 
+OUTPUT_ROTATION = "rotation"
+"""The name of the final norm's further parameter, a matrix `[H, H]` that its output is multiplied with."""
+
 
 @dataclass(frozen=True)
 class SharedInput:

@@ -12,7 +12,7 @@ using namespace nb::literals;
 namespace fewbit {
 namespace {
 
-using Bytes = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 Bytes huge_bytes(int64_t count) {
     require(count > 0, "the number of bytes must be positive, not " + std::to_string(count));
@@ -35,13 +35,13 @@ void place(const Array<const uint8_t, 2>& codes, const Array<uint8_t, 2>& out, i
 }  // namespace
 
 void bind_memory(nb::module_& m) {
-    m.def("huge_bytes", &huge_bytes, "count"_a, "A new uint8 tensor of `count` bytes, in huge pages where there are any.");
+    m.def("huge_bytes", &huge_bytes, "count"_a, "A new uint8 array of `count` bytes, in huge pages where there are any.");
     m.def("place", &place, "codes"_a.noconvert(), "out"_a.noconvert(), "bits"_a, "lane_groups"_a,
           "Copy codes uint8 [R, B] into out with all threads: as they are (lane_groups 1) or as lanes of 2 or 4 row groups.");
     m.def("read_bytes", [](const Array<const uint8_t, 1>& buffer) {
         nb::gil_scoped_release release;
         return read_bytes(buffer.data(), static_cast<int64_t>(buffer.shape(0)));
-    }, "buffer"_a.noconvert(), "Read a uint8 tensor with all threads, to measure how fast memory can be read.");
+    }, "buffer"_a.noconvert(), "Read a uint8 array with all threads, to measure how fast memory can be read.");
     m.def("lane_groups", [] { return kernels().product->lanes.multiply ? kernels().product->lanes.panel : 1; },
           "Row groups side by side in the lanes that the instruction set in use multiplies fastest; 1: no lanes.");
 }

@@ -9,13 +9,18 @@ columns.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
 
 from fewbit.ops.extension import load_native
+from fewbit.torch_later import torch
 
 LANE_COLS = 64
 LANE_GROUPS = (2, 4)  # row groups side by side
 CHUNKS = 16  # of a row group in 64 columns
+PIECE_BYTES = 1 << 20  # that are read before they are put in place: few enough to stay in a processor's cache
 
 
 def to_lanes(codes: torch.Tensor, bits: int, lane_groups: int) -> torch.Tensor:
@@ -44,7 +49,36 @@ def place(codes: torch.Tensor, bits: int, group: int, code: str) -> tuple[torch.
     if native is None or codes.numel() == 0:
         return codes, code
     lane_groups = native.lane_groups() if code == "trellis" and group % LANE_COLS == 0 else 1
-    shape = (-(-codes.shape[0] // lane_groups), lane_groups * codes.shape[1])
-    placed = native.huge_bytes(shape[0] * shape[1]).view(shape)
+    placed = lane_memory(native, codes.shape[0], codes.shape[1], lane_groups)
     native.place(codes.contiguous(), placed, bits, lane_groups)
-    return placed, code if lane_groups == 1 else "lanes"
+    return torch.from_numpy(placed), code if lane_groups == 1 else "lanes"
+
+
+def read_placed(
+    native: ModuleType, read: Callable[[np.ndarray, int], None], shape: tuple[int, int], bits: int, group: int
+) -> tuple[np.ndarray, str]:
+    """Trellis codes of a shape, read to where and how this machine multiplies them fastest, and their layout's name.
+
+    `read` fills a contiguous uint8 array with the stored bytes from a place on. Memory holds the result and a piece.
+    """
+    rows, size = shape
+    lane_groups = native.lane_groups() if group % LANE_COLS == 0 else 1
+    placed = lane_memory(native, rows, size, lane_groups)
+    if lane_groups == 1:
+        read(placed, 0)
+        return placed, "trellis"
+    step = lane_groups * max(1, PIECE_BYTES // (lane_groups * size))
+    piece = np.empty((min(step, rows), size), np.uint8)
+    for start in range(0, rows, step):
+        part = piece[: min(step, rows - start)]
+        read(part, start * size)
+        first = start // lane_groups
+        native.place(part, placed[first : first - (-len(part) // lane_groups)], bits, lane_groups)
+    return placed, "lanes"
+
+
+def lane_memory(native: ModuleType, rows: int, size: int, lane_groups: int) -> np.ndarray:
+    """Memory uint8 for the codes of `rows` row groups of `size` bytes, in huge pages where the system has them."""
+    shape = (-(-rows // lane_groups), lane_groups * size)
+    found: np.ndarray = native.huge_bytes(shape[0] * shape[1]).reshape(shape)
+    return found

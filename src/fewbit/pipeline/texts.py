@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from fewbit.checkpoint.source import Source, first_line
+from fewbit.checkpoint.source import Source
+from fewbit.checkpoint.tensors import first_line
 from fewbit.errors import UsageError
 
 MAX_CHARACTERS_PER_TOKEN = 12  # more than any language model's tokenizer needs on running text

@@ -10,12 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from fewbit.runtime.weights import CannotLower
+from fewbit.errors import CannotLower
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # frequencies that change with the length of the text
 
 
 @dataclass(frozen=True)
@@ -113,25 +110,3 @@ _CHANGES: dict[str, Callable[[Architecture, Any], Architecture]] = {
     "qwen3_moe": _mixture,
     "mixtral": _mixture,
 }
-
-
-def rotary_tables(config: Any, kind: str, head_dim: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines float32 `[context, head_dim / 2]` of the layers of a kind, as transformers has them."""
-    parameters = config.rope_parameters
-    if parameters is None:
-        raise CannotLower("a model without rotary positions has no native steps")
-    by_kind = kind in parameters
-    own = parameters[kind] if by_kind else parameters
-    rope_type = own["rope_type"]
-    if rope_type in LENGTH_DEPENDENT or own.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CannotLower(f"rotary positions of the type {rope_type} have no native step")
-    if rope_type == "default":
-        frequencies = 1.0 / (own["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
-        scaling = 1.0
-    else:
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        more = {"layer_type": kind} if by_kind else {}
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), **more)
-    angles = torch.arange(context, dtype=torch.float)[:, None] * frequencies.float()
-    return (angles.cos() * scaling).contiguous(), (angles.sin() * scaling).contiguous()

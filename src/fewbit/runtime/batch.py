@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Batch:
     `[T]` the cache slot of its sequence, and `wanted` int32 `[W]` ascending indices into T whose logits are wanted.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    wanted: torch.Tensor
+    tokens: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    wanted: np.ndarray

@@ -6,6 +6,7 @@ the scheduler are left out.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from fewbit.checkpoint.artifact import Artifact, is_artifact
-from fewbit.checkpoint.source import open_source
 from fewbit.environment import cpu_name
 from fewbit.errors import UsageError
 from fewbit.ops.extension import load_native
@@ -122,13 +122,13 @@ def _mean(rates: list[float]) -> dict[str, float]:
     return {"tokens_per_second": round(statistics.mean(rates), 3), "stdev": round(spread, 3)}
 
 
-def _ints(values: Any) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
+def _ints(values: Any) -> np.ndarray:
+    return np.array(list(values), dtype=np.int32)
 
 
 def _prompt(decoder: Decoder, slot: int, length: int) -> int:
     """Run a prompt of arbitrary tokens; the likeliest next token."""
-    tokens = torch.randint(decoder.vocabulary, (length,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    tokens = np.random.default_rng(0).integers(decoder.vocabulary, size=length, dtype=np.int32)
     token = 0
     for start in range(0, length, decoder.block):
         stop = min(length, start + decoder.block)
@@ -159,6 +159,8 @@ def _threads(count: int | None) -> Iterator[int]:
     """Inside, native code outside of programs uses `count` threads, too; gives their number."""
     native = load_native()
     if native is None:
+        import torch
+
         yield torch.get_num_threads()
         return
     before = native.num_threads()
@@ -175,7 +177,7 @@ def read_bandwidth() -> float:
     if native is None:
         return 0.0
     buffer = native.huge_bytes(_READ_BYTES)
-    buffer.fill_(1)
+    buffer.fill(1)
     return _READ_BYTES / min(_timed(lambda: native.read_bytes(buffer)) for _ in range(8))
 
 
@@ -188,9 +190,11 @@ def bytes_per_token(path: str | Path) -> int:
         sizes = {entry["name"]: entry["bytes"] for entry in artifact.record["tensors"]}
         tied = any(name.startswith("lm_head") for name in sizes) is False
     else:
+        from fewbit.checkpoint.source import open_source
+
         source = open_source(path)
         config = source.config.to_dict()
-        sizes = {name: 2 * torch.Size(source.shape(name)).numel() for name in source.names()}
+        sizes = {name: 2 * math.prod(source.shape(name)) for name in source.names()}
         tied = source.tied_embeddings
     experts = config.get("num_experts") or config.get("num_local_experts") or 1
     chosen = min(1.0, (config.get("num_experts_per_tok") or 1) / experts)

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 
-from fewbit.errors import UsageError
+from fewbit.errors import CannotLower, UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
 
@@ -34,7 +34,7 @@ class Decoder(Protocol):
     block: int
     eos: tuple[int, ...]
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 `[W, vocabulary]` of the wanted tokens, valid until the next forward."""
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -54,14 +54,14 @@ class NativeDecoder:
         self.slots = slots
         self.block = block
         self.eos = eos
-        self._logits = torch.empty(1, vocabulary)
+        self._logits = np.empty((1, vocabulary), np.float32)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> np.ndarray:
         """See `Decoder.forward`; `ValueError` for tokens, positions or slots that there are not."""
         program = self._open_program()
-        wanted = batch.wanted.numel()
+        wanted = batch.wanted.size
         if wanted > self._logits.shape[0]:
-            self._logits = torch.empty(wanted, self.vocabulary)
+            self._logits = np.empty((wanted, self.vocabulary), np.float32)
         logits = self._logits[:wanted]
         program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
         return logits
@@ -98,7 +98,7 @@ def open_decoder(
     raises `CannotLower` without `fallback`. Raises `UsageError` for arguments that do not fit.
     """
     from fewbit.runtime.program import Lowering, Sizes, check_sizes
-    from fewbit.runtime.weights import CannotLower, open_weights
+    from fewbit.runtime.weights import open_weights
 
     if kv not in KV_TYPES:
         raise UsageError(f"the cache is kept as {', '.join(KV_TYPES)}, not {kv}")
@@ -111,6 +111,8 @@ def open_decoder(
         sizes = Sizes(slots, min(most, USUAL_CONTEXT) if context is None else context, block, threads or 0, kv)
         check_sizes(sizes, most)
         lowering = Lowering(native, weights, sizes)
+        # Before the weights, because reading it takes memory that it gives back.
+        tokenizer = weights.tokenizer()
         decoder = NativeDecoder(
             lowering.build(),
             vocabulary=lowering.shape.vocabulary,
@@ -122,14 +124,17 @@ def open_decoder(
     except CannotLower as reason:
         if not fallback:
             raise
+        from transformers.utils import logging
+
         from fewbit.console import stderr
         from fewbit.loading import load_any
         from fewbit.runtime.torch_decoder import TorchDecoder
 
+        logging.disable_progress_bar()
         stderr.print(f"{reason}; running in transformers, which is much slower")
         model, tokenizer = load_any(path)
         return TorchDecoder(model, slots, context, block), tokenizer
-    return decoder, weights.tokenizer()
+    return decoder, tokenizer
 
 
 def ending_tokens(path: str | Path, config: Any) -> tuple[int, ...]:

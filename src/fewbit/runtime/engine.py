@@ -7,7 +7,6 @@ with Engine("OUT") as engine:
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import queue
@@ -112,6 +111,9 @@ class Request:
             yield self._checked(self._pieces.get())
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
+        # Whoever gets here has imported it already; others are spared the time.
+        import asyncio
+
         arrived = asyncio.Event()
         self._notify = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, arrived.set)
         while not self._done:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
+import numpy as np
 
-from fewbit.checkpoint.equivalent import OUTPUT_ROTATION
-from fewbit.errors import UsageError
-from fewbit.models import Family, get_family
-from fewbit.runtime.architecture import Architecture, describe, rotary_tables
-from fewbit.runtime.weights import CannotLower, Dense, Linear, Packed, Weights
+from fewbit.dtypes import to_bfloat16
+from fewbit.errors import CannotLower, UsageError
+from fewbit.models import OUTPUT_ROTATION, Family, get_family
+from fewbit.runtime.architecture import Architecture, describe
+from fewbit.runtime.rotary import rotary_tables
+from fewbit.runtime.weights import Dense, Linear, Packed, Weights
 
 LOGITS = -1  # the buffer that a forward's caller owns
 
@@ -36,7 +37,7 @@ class Sizes:
 class _Norm:
     """An RMSNorm in front of linears."""
 
-    weight: torch.Tensor
+    weight: np.ndarray
     eps: float
 
 
@@ -102,10 +103,10 @@ class Lowering:
             raise CannotLower("an embedding in twinquant has no native step")
         self.program.embed_packed(table.matrix, table.inputs.signs, table.inputs.block, scale, x)
 
-    def _gain(self, name: str) -> torch.Tensor:
-        return (self.weights.vector(f"{name}.weight") + self.shape.norm_offset).contiguous()
+    def _gain(self, name: str) -> np.ndarray:
+        return self.weights.vector(f"{name}.weight") + np.float32(self.shape.norm_offset)
 
-    def _maybe_gain(self, name: str) -> torch.Tensor | None:
+    def _maybe_gain(self, name: str) -> np.ndarray | None:
         return self._gain(name) if self.weights.has(f"{name}.weight") else None
 
     def _attention(self, layer: int, x: int) -> None:
@@ -186,7 +187,7 @@ class Lowering:
             return
         normed, turned = self._buffer("normed", shape.hidden), self._buffer("turned", shape.hidden)
         self.program.norm(wanted, norm.weight, norm.eps, normed, False)
-        matrix = self.weights.dense(self.weights.vector(rotation).T.contiguous(), None)
+        matrix = self.weights.dense(to_bfloat16(self.weights.vector(rotation), "F32").T, None)
         self._dense_step(normed, [(matrix, turned)])
         self._linears(turned, None, [head], [LOGITS])
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from fewbit.errors import FewbitError, UsageError
 from fewbit.ops.extension import load_native
@@ -126,28 +125,27 @@ def sample_reference(logits: np.ndarray, params: SamplingParams, seen: Sequence[
 
 
 def sample_rows(
-    logits: torch.Tensor,
+    logits: np.ndarray,
     params: Sequence[SamplingParams],
     seen: Sequence[Sequence[int]],
     draws: Sequence[float],
     threads: int = 0,
 ) -> list[int]:
-    """One token for every row of logits float32 `[W, V]` on the CPU, contiguous; rows are drawn side by side.
+    """One token for every row of logits float32 `[W, V]` contiguous; rows are drawn side by side.
 
     `seen[i]` are row i's earlier tokens, each once, and may be empty where nothing is penalized. The native code sums
     in float32 what the specification sums in float64: a random number within some 1e-6 of a border between two tokens
     may give the other one.
     """
     native = load_native()
-    values = logits.numpy()
     if native is None:
-        rows = zip(values, params, seen, draws, strict=True)
+        rows = zip(logits, params, seen, draws, strict=True)
         return [sample_reference(*row) for row in rows]
     settings = np.array([p.row(draw) for p, draw in zip(params, draws, strict=True)], dtype=np.float64)
     ends = np.cumsum([len(ids) for ids in seen], dtype=np.int64)
     ids = np.fromiter((token for row in seen for token in row), dtype=np.int32, count=int(ends[-1]))
     tokens = np.empty(len(params), dtype=np.int32)
-    native.sample(values, settings, ids, ends, tokens, threads)
+    native.sample(logits, settings, ids, ends, tokens, threads)
     if tokens.min() < 0:
         raise _not_finite()
     return tokens.tolist()
@@ -157,9 +155,11 @@ def _not_finite() -> FewbitError:
     return FewbitError("the model's logits are not finite; check its weights with fewbit verify")
 
 
-def log_probabilities(logits: torch.Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+def log_probabilities(logits: np.ndarray, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
     """The log-probability of a token under logits float32 `[V]`, and the `count` likeliest tokens with theirs."""
-    normalizer = float(torch.logsumexp(logits.double(), 0))
-    best = torch.topk(logits, min(count, logits.numel()))
-    alternatives = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return float(logits[token]) - normalizer, [(index, value - normalizer) for index, value in alternatives]
+    largest = float(logits.max())
+    normalizer = largest + math.log(np.exp(logits.astype(np.float64) - largest).sum())
+    count = min(count, logits.size)
+    best = np.argpartition(-logits, count - 1)[:count] if count else np.empty(0, np.int64)
+    ordered = best[np.lexsort((best, -logits[best]))].tolist()
+    return float(logits[token]) - normalizer, [(index, float(logits[index]) - normalizer) for index in ordered]

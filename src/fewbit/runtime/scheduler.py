@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
 from fewbit.errors import UsageError
 from fewbit.runtime.batch import Batch
@@ -178,7 +178,7 @@ class Scheduler:
             return []
         return sequence.drafter.propose(min(room, sequence.limit - sequence.generated - 1))
 
-    def _apply(self, runs: list[_Run], logits: torch.Tensor) -> None:
+    def _apply(self, runs: list[_Run], logits: np.ndarray) -> None:
         asked = [(run.sequence, run.drafts[:ahead]) for run in runs for ahead in range(run.rows)]
         tokens: list[int] = []
         if asked:
@@ -200,7 +200,7 @@ class Scheduler:
             for run in runs:
                 run.sequence.deliver()
 
-    def _advance(self, run: _Run, tokens: list[int], logits: torch.Tensor) -> None:
+    def _advance(self, run: _Run, tokens: list[int], logits: np.ndarray) -> None:
         """Note what the cache holds now, and take the tokens that were drawn, if any."""
         sequence = run.sequence
         before, sequence.cached = sequence.cached, sequence.cached + run.count
@@ -210,7 +210,7 @@ class Scheduler:
         if sequence.finish_reason is not None:
             self._release(run.slot)
 
-    def _take(self, run: _Run, tokens: list[int], logits: torch.Tensor) -> None:
+    def _take(self, run: _Run, tokens: list[int], logits: np.ndarray) -> None:
         """Give a sequence its next tokens: as many as were drawn behind drafts that came true, and one more."""
         sequence = run.sequence
         taken = 0
@@ -256,4 +256,4 @@ def _batch(runs: list[_Run]) -> Batch:
         positions += range(start, start + len(own))
         slots += [run.slot.index] * len(own)
         wanted += range(len(tokens) - run.rows, len(tokens))
-    return Batch(*(torch.tensor(values, dtype=torch.int32) for values in (tokens, positions, slots, wanted)))
+    return Batch(*(np.array(values, dtype=np.int32) for values in (tokens, positions, slots, wanted)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import numpy as np
 
 from fewbit.runtime.drafts import Drafter
 from fewbit.runtime.results import Piece, TokenLogprob
@@ -38,7 +38,7 @@ class Sequence:
         self.cancelled = False
         self.drafter: Drafter | None = None
         self.first_token_at = self.last_token_at = 0.0
-        self._seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         self._seen = dict.fromkeys(prompt) if params.repetition_penalty != 1 else {}
         self._eos = frozenset() if params.ignore_eos else frozenset(eos)
         self._tokenizer = tokenizer
@@ -80,7 +80,7 @@ class Sequence:
             return []
         return list({**self._seen, **dict.fromkeys(drafts)})
 
-    def take(self, token: int, logits: torch.Tensor) -> None:
+    def take(self, token: int, logits: np.ndarray) -> None:
         """The answer's next token, drawn from logits float32 `[V]`; may make a piece and end the answer."""
         self.last_token_at = time.monotonic()
         if not self.generated:
@@ -124,7 +124,7 @@ class Sequence:
         self._new_ids, self._new_logprobs = [], []
         self._ready.append(piece)
 
-    def _logprob(self, token: int, logits: torch.Tensor) -> TokenLogprob:
+    def _logprob(self, token: int, logits: np.ndarray) -> TokenLogprob:
         own, alternatives = log_probabilities(logits, token, self.params.logprobs or 0)
         top = tuple((index, self._text(index), value) for index, value in alternatives)
         return TokenLogprob(token, self._text(token), own, top)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -52,13 +53,13 @@ class TorchDecoder:
         self._caches = [DynamicCache() for _ in range(slots)]
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> np.ndarray:
         """See `Decoder.forward`; `ValueError` for a position beyond what its slot holds."""
-        if batch.tokens.numel() > self.block:
-            raise ValueError(f"{batch.tokens.numel()} tokens are more than a block of {self.block}")
+        if batch.tokens.size > self.block:
+            raise ValueError(f"{batch.tokens.size} tokens are more than a block of {self.block}")
         rows = []
-        wanted = batch.wanted.long()
-        slots, lengths = torch.unique_consecutive(batch.slots, return_counts=True)
+        wanted = torch.from_numpy(batch.wanted).long()
+        slots, lengths = torch.unique_consecutive(torch.from_numpy(batch.slots), return_counts=True)
         start = 0
         for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
             inside = wanted[(wanted >= start) & (wanted < start + length)] - start
@@ -66,18 +67,18 @@ class TorchDecoder:
             if inside.numel():
                 rows.append(logits)
             start += length
-        return torch.cat(rows) if rows else torch.empty(0, self.vocabulary)
+        return torch.cat(rows).numpy() if rows else np.empty((0, self.vocabulary), np.float32)
 
     def _extend(self, slot: int, batch: Batch, piece: slice, wanted: torch.Tensor) -> torch.Tensor:
         """Run one sequence's tokens; logits float32 of the wanted ones (of the last one if none is)."""
         cache = self._caches[slot]
-        positions = batch.positions[piece].long()
+        positions = torch.from_numpy(batch.positions[piece]).long()
         first = int(positions[0])
         if first > cache.get_seq_length():
             raise ValueError(f"slot {slot} holds {cache.get_seq_length()} positions; {first} cannot be written yet")
         _cut(cache, first)
         output = self._model(
-            input_ids=batch.tokens[piece].long()[None],
+            input_ids=torch.from_numpy(batch.tokens[piece]).long()[None],
             position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,

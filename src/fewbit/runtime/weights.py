@@ -1,34 +1,32 @@
-"""The weights of a checkpoint as native code takes them, read one tensor at a time.
+"""The weights of a fewbit checkpoint as native code takes them, read one tensor at a time.
 
 Nothing here builds a transformers model: that takes longer than reading the weights does. Files are read, not mapped,
-so that a weight is in memory once, where and how this machine multiplies with it fastest.
+and straight to where and how this machine multiplies with a weight fastest, so that it is in memory once.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
+import numpy as np
 
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule, is_artifact
-from fewbit.checkpoint.source import SafetensorsFile, Source, open_source
-from fewbit.checkpoint.store import read_json
-from fewbit.errors import CorruptFile, FewbitError, UsageError
+from fewbit.checkpoint.tensors import SafetensorsFile
+from fewbit.dtypes import to_bfloat16, to_float32
+from fewbit.errors import CannotLower, CorruptFile
 from fewbit.formats import TensorSpec
 from fewbit.formats.twinquant import both_spec, down_spec
-from fewbit.ops.cpu import native_matrix
-from fewbit.ops.layouts import place
+from fewbit.ops.layouts import PIECE_BYTES, read_placed
+from fewbit.runtime.rotary import FREQUENCIES
+from fewbit.runtime.tokenizer import open_tokenizer
 
 PANEL = 32  # rows of a dense matrix that stand side by side
-
-
-class CannotLower(FewbitError):
-    """A model that programs do not know; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Inputs:
     block: int
     group: int
     act_bits: int
-    signs: torch.Tensor | None
-    shift: torch.Tensor | None
+    signs: np.ndarray | None
+    shift: np.ndarray | None
 
     def same(self, other: Inputs) -> bool:
         """Whether the same quantized inputs serve both."""
@@ -65,8 +63,8 @@ class Dense:
 
     rows: int
     cols: int
-    panels: torch.Tensor
-    bias: torch.Tensor | None
+    panels: np.ndarray
+    bias: np.ndarray | None
 
 
 Linear = Packed | Dense
@@ -86,7 +84,7 @@ class Weights(ABC):
         """Whether there is a plain tensor of that full name."""
 
     @abstractmethod
-    def vector(self, name: str) -> torch.Tensor:
+    def vector(self, name: str) -> np.ndarray:
         """A plain tensor, float32."""
 
     @abstractmethod
@@ -96,7 +94,7 @@ class Weights(ABC):
     @abstractmethod
     def _load(self, module: str) -> Linear: ...
 
-    def maybe_vector(self, name: str) -> torch.Tensor | None:
+    def maybe_vector(self, name: str) -> np.ndarray | None:
         return self.vector(name) if self.has(name) else None
 
     def linear(self, module: str) -> Linear:
@@ -108,50 +106,30 @@ class Weights(ABC):
     def has_linear(self, module: str) -> bool:
         return self.has(f"{module}.weight")
 
-    def huge(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a contiguous tensor in huge pages, where the system has them."""
-        size = tensor.numel() * tensor.element_size()
-        memory = self.native.huge_bytes(size)
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
-        self.native.place(flat.view(1, -1), memory.view(1, -1), 4, 1)
-        return memory.view(tensor.dtype).view(tensor.shape)
-
-    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Dense:
-        """A matrix of any float dtype, kept in bfloat16."""
-        rows, cols = weight.shape
+    def panels(self, rows: int, cols: int) -> np.ndarray:
+        """Memory for a dense matrix, uint16 `[ceil(rows / 32), cols, 32]`; rows that there are not are zeros."""
         count = -(-rows // PANEL)
-        memory = self.native.huge_bytes(2 * count * PANEL * cols).view(torch.bfloat16).view(count, cols, PANEL)
-        whole = rows // PANEL
-        memory[:whole] = weight[: whole * PANEL].view(whole, PANEL, cols).transpose(1, 2)
-        if whole < count:
-            memory[whole] = 0
-            memory[whole, :, : rows % PANEL] = weight[whole * PANEL :].T
-        return Dense(rows, cols, memory.view(torch.uint16), bias)
+        memory: np.ndarray = self.native.huge_bytes(2 * count * PANEL * cols).view(np.uint16)
+        found = memory.reshape(count, cols, PANEL)
+        if rows % PANEL:
+            found[-1] = 0
+        return found
+
+    def dense(self, bits: np.ndarray, bias: np.ndarray | None) -> Dense:
+        """A bfloat16 matrix as its bits uint16 `[rows, cols]`."""
+        rows, cols = bits.shape
+        panels = self.panels(rows, cols)
+        fill_panels(panels, 0, bits)
+        return Dense(rows, cols, panels, bias)
 
 
-class PlainWeights(Weights):
-    """A full-precision model, kept in bfloat16."""
-
-    def __init__(self, native: ModuleType, source: Source) -> None:
-        super().__init__(native)
-        self.source, self.config = source, source.config
-        self._names = set(source.names())
-
-    def has(self, name: str) -> bool:
-        return name in self._names
-
-    def vector(self, name: str) -> torch.Tensor:
-        # As `load_plain` rounds all parameters.
-        return self.source.tensor(name).to(torch.bfloat16).float()
-
-    def tokenizer(self) -> Any:
-        try:
-            return self.source.tokenizer()
-        except UsageError:
-            return None
-
-    def _load(self, module: str) -> Linear:
-        return self.dense(self.source.tensor(f"{module}.weight"), self.maybe_vector(f"{module}.bias"))
+def fill_panels(panels: np.ndarray, first: int, bits: np.ndarray) -> None:
+    """Put rows uint16 `[n, cols]` of a dense matrix into its panels from the row `first` on, a multiple of 32."""
+    whole, rest = divmod(len(bits), PANEL)
+    at = first // PANEL
+    panels[at : at + whole] = bits[: whole * PANEL].reshape(whole, PANEL, bits.shape[1]).transpose(0, 2, 1)
+    if rest:
+        panels[at + whole, :, :rest] = bits[whole * PANEL :].T
 
 
 class PackedWeights(Weights):
@@ -169,66 +147,107 @@ class PackedWeights(Weights):
     def has_linear(self, module: str) -> bool:
         return module in self.artifact.modules or super().has_linear(module)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _file(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor."""
         if name not in self.artifact.files:
             raise CorruptFile(f"{self.artifact.path} lacks the tensor {name}; copy the checkpoint again")
         file = self._files[self.artifact.files[name]]
         if name not in file.tensors:
             raise CorruptFile(f"{file.path} lacks the tensor {name}, which the index promises; copy it again")
-        shape = file.tensors[name][1]
-        return file.read(name, 0, math.prod(shape)).view(shape)
+        return file
 
-    def vector(self, name: str) -> torch.Tensor:
-        return self._read(name).float()
+    def vector(self, name: str) -> np.ndarray:
+        file = self._file(name)
+        return to_float32(file.read(name), file.tensors[name][0])
 
     def tokenizer(self) -> Any:
-        return _tokenizer(self.artifact.path)
+        return open_tokenizer(self.artifact.path, self.config.model_type)
 
     def _load(self, module: str) -> Linear:
         bias = self.maybe_vector(f"{module}.bias")
         description = self.artifact.modules.get(module)
         if description is None:
-            return self.dense(self._read(f"{module}.weight"), bias)
+            return self._plain(f"{module}.weight", bias)
         spec = description.spec
         if spec.format not in ("trellis", "twinquant") or (spec.format == "trellis" and spec.block == 1):
             raise CannotLower(f"{module}: weights of {spec} have no native step")
         if spec.act_bits == 16:
             raise CannotLower(f"{module}: inputs of 16 bits have no native step")
-        parts = self._parts(description)
-        if spec.format == "trellis":
-            return self._trellis(spec, parts, bias)
-        return self._twin(spec, parts, bias)
+        self._check(description)
+        return self._trellis(module, spec, bias) if spec.format == "trellis" else self._twin(module, spec, bias)
 
-    def _parts(self, module: QuantizedModule) -> dict[str, torch.Tensor]:
-        """The stored parts of a module, checked against its layout."""
-        parts = {}
+    def _plain(self, name: str, bias: np.ndarray | None) -> Dense:
+        file = self._file(name)
+        dtype, (rows, cols), _ = file.tensors[name]
+        panels = self.panels(rows, cols)
+        for start, stop in _pieces(rows, 4 * cols):
+            numbers = file.read(name, start * cols, (stop - start) * cols)
+            fill_panels(panels, start, to_bfloat16(numbers, dtype).reshape(-1, cols))
+        return Dense(rows, cols, panels, bias)
+
+    def _check(self, module: QuantizedModule) -> None:
+        """Raises `CorruptFile` where the stored parts of a module are not those of its layout."""
         for part, (shape, dtype) in module.layout().items():
-            tensor = parts[part] = self._read(f"{module.name}.{part}")
-            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            name = f"{module.name}.{part}"
+            found, stored, _ = self._file(name).tensors[name]
+            if stored != tuple(shape) or found != dtype:
                 raise CorruptFile(
-                    f"{module.name}.{part}: {tensor.dtype} {tuple(tensor.shape)} where the format has "
-                    f"{dtype} {tuple(shape)}; copy the checkpoint again"
+                    f"{name}: {found} {stored} where the format has {dtype} {tuple(shape)}; copy the checkpoint again"
                 )
-        return parts
 
-    def _trellis(self, spec: TensorSpec, parts: dict[str, torch.Tensor], bias: torch.Tensor | None) -> Packed:
-        codes, code = place(parts["codes"], spec.bits, spec.group, "trellis")
-        matrix = native_matrix(
-            self.native, spec.cols, codes, parts["scales"], parts["scale"], parts["tables"], bias, spec.bits, code
+    def _part(self, module: str, part: str) -> np.ndarray:
+        name = f"{module}.{part}"
+        return self._file(name).read(name)
+
+    def _trellis(self, module: str, spec: TensorSpec, bias: np.ndarray | None) -> Packed:
+        name = f"{module}.codes"
+        file = self._file(name)
+        rows, size = file.tensors[name][1]
+        codes, code = read_placed(
+            self.native, lambda piece, first: file.read_into(piece, name, first), (rows, size), spec.bits, spec.group
         )
-        return Packed(spec.rows, spec.cols, Inputs(spec.block, spec.group, 8, parts["signs"], None), matrix)
+        matrix = self._matrix(module, "", codes, spec.cols, bias, spec.bits, code, self._part(module, "tables"))
+        inputs = Inputs(spec.block, spec.group, 8, self._part(module, "signs"), None)
+        return Packed(spec.rows, spec.cols, inputs, matrix)
 
-    def _twin(self, spec: TensorSpec, parts: dict[str, torch.Tensor], bias: torch.Tensor | None) -> Packed:
-        offset = parts["offset"] if bias is None else parts["offset"] + bias
-        signs = parts["signs"] if spec.block > 1 else None
-        inputs = Inputs(spec.block, spec.group, spec.act_bits, signs, parts["shift"].float())
-        both = self._nibbles(both_spec(spec), parts, "", offset)
-        down = self._nibbles(down_spec(spec), parts, "down_", None) if spec.rank else None
+    def _twin(self, module: str, spec: TensorSpec, bias: np.ndarray | None) -> Packed:
+        part = partial(self._part, module)
+        offset = part("offset") if bias is None else part("offset") + bias
+        signs = part("signs") if spec.block > 1 else None
+        inputs = Inputs(spec.block, spec.group, spec.act_bits, signs, to_float32(part("shift"), "F16"))
+        both = self._nibbles(module, "", both_spec(spec), offset)
+        down = self._nibbles(module, "down_", down_spec(spec), None) if spec.rank else None
         return Packed(spec.rows, spec.cols, inputs, both, down)
 
-    def _nibbles(self, spec: TensorSpec, parts: dict[str, torch.Tensor], prefix: str, bias: torch.Tensor | None) -> Any:
-        codes, scales, scale = (parts[f"{prefix}{name}"] for name in ("codes", "scales", "scale"))
-        return native_matrix(self.native, spec.cols, self.huge(codes), scales, scale, None, bias, 4, "nibbles")
+    def _nibbles(self, module: str, prefix: str, spec: TensorSpec, bias: np.ndarray | None) -> Any:
+        name = f"{module}.{prefix}codes"
+        file = self._file(name)
+        rows, size = file.tensors[name][1]
+        codes = self.native.huge_bytes(rows * size).reshape(rows, size)
+        file.read_into(codes, name)
+        return self._matrix(module, prefix, codes, spec.cols, bias, 4, "nibbles", None)
+
+    def _matrix(
+        self,
+        module: str,
+        prefix: str,
+        codes: np.ndarray,
+        cols: int,
+        bias: np.ndarray | None,
+        bits: int,
+        code: str,
+        tables: np.ndarray | None,
+    ) -> Any:
+        scales = self._part(module, f"{prefix}scales").view(np.uint16)
+        scale = float(self._part(module, f"{prefix}scale")[0])
+        return self.native.Matrix(codes, scales, scale, tables, bias, cols, bits, code)
+
+
+def _pieces(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that fit a processor's cache, all but the last a multiple of 32."""
+    step = PANEL * max(1, PIECE_BYTES // (PANEL * row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
 
 
 def open_weights(native: ModuleType, path: str | Path) -> Weights:
@@ -238,6 +257,9 @@ def open_weights(native: ModuleType, path: str | Path) -> Weights:
     """
     if is_artifact(Path(path)):
         return PackedWeights(native, Artifact.open(path))
+    from fewbit.checkpoint.source import open_source
+    from fewbit.runtime.plain_weights import PlainWeights
+
     return PlainWeights(native, open_source(path))
 
 
@@ -245,35 +267,20 @@ def _configuration(artifact: Artifact) -> Any:
     """The model's configuration; as plain fields where these say it all.
 
     transformers needs more than a second to import what it makes a configuration with. A checkpoint holds every field,
-    defaults included, and only scaled rotary positions take transformers' own arithmetic.
+    defaults included, and only rare kinds of rotary positions take transformers' own arithmetic.
     """
     fields = dict(artifact.config)
     rotary = fields.get("rope_parameters")
     if isinstance(rotary, dict):
         kinds = [rotary] if "rope_type" in rotary else list(rotary.values())
-        if all(isinstance(kind, dict) and kind.get("rope_type") == "default" for kind in kinds):
+        if all(isinstance(kind, dict) and kind.get("rope_type") in FREQUENCIES for kind in kinds):
             return SimpleNamespace(**fields)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(artifact.path, trust_remote_code=False)
 
 
-def _tokenizer(path: Path) -> Any:
-    """The tokenizer of a directory, None where there is none; without looking for its class where that is known."""
-    settings = path / "tokenizer_config.json"
-    if not any(path.glob("tokenizer*")):
-        return None
-    complete = settings.is_file() and (path / "tokenizer.json").is_file()
-    if complete and read_json(settings).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-
-
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     if a is None or b is None:
         return a is b
-    return torch.equal(a, b)
+    return np.array_equal(a, b)

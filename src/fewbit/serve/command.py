@@ -120,12 +120,9 @@ def _check_free(host: str, port: int) -> None:
 def _run(
     path: str, options: dict[str, Any], settings: Settings, server: Any, host: str, port: int, access_log: bool
 ) -> None:
-    from transformers.utils import logging
-
     from fewbit.runtime.engine import Engine
     from fewbit.serve.app import create_app
 
-    logging.disable_progress_bar()
     start = time.perf_counter()
     with Engine(path, **options) as engine:
         app = create_app(engine, settings)

@@ -1,0 +1,74 @@
+"""Reads tensors of safetensors files as numpy arrays, all of one or a piece."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fewbit.dtypes import numpy_dtype
+from fewbit.errors import CorruptFile
+
+MAX_HEADER = 100_000_000
+"""Bytes that the header of a safetensors or GGUF file may take."""
+
+
+class SafetensorsFile:
+    """Reads pieces of a safetensors file.
+
+    The library would map it; pages of a mapped file count as this process's memory, the whole model in the end, and
+    one that is cut off while it is mapped ends the process without a word.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER:
+                raise CorruptFile(f"{path}: header of {size} bytes, allowed are {MAX_HEADER}; the file is damaged")
+            try:
+                # The library checks that the header and the file fit together.
+                with safe_open(path, framework="numpy"):
+                    header = json.loads(file.read(size))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise self._damaged(error) from error
+        header.pop("__metadata__", None)
+        self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {
+            name: (entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+        """Dtype, shape and place in the file."""
+
+    def _damaged(self, error: Exception) -> CorruptFile:
+        return CorruptFile(f"{self.path}: {first_line(error)}; the file is cut off or damaged, download it again")
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """`count` numbers of a tensor from the number `first` on, `[count]`; by default all of it, in its own shape.
+
+        The array is new and of the stored dtype, bfloat16 as its bits uint16.
+        """
+        dtype, shape, _ = self.tensors[name]
+        numbers = np.empty(shape if count is None else count, numpy_dtype(dtype))
+        self.read_into(numbers, name, first)
+        return numbers
+
+    def read_into(self, numbers: np.ndarray, name: str, first: int = 0) -> None:
+        """Fill a contiguous array of the stored dtype with a tensor's numbers from the number `first` on."""
+        left = numbers.reshape(-1).view(np.uint8).data
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.tensors[name][2] + first * numbers.itemsize)
+                while left:
+                    done = file.readinto(left)
+                    if not done:
+                        raise OSError(f"{name} ends too early")
+                    left = left[done:]
+        except OSError as error:
+            raise self._damaged(error) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
