@@ -1,7 +1,7 @@
 // Memory that does not come from malloc: large pages that weights share, and reserved pages that cost nothing unused.
 //
-// A huge page of its own would waste a megabyte for every tensor, half of a small model. So tensors stand one behind the
-// other in regions: stretches of addresses that only take memory where somebody wrote.
+// A huge page of its own would waste a megabyte for every tensor, half of a small model. So tensors stand one behind
+// the other in regions: stretches of addresses that only take memory where somebody wrote.
 #include "arena.hpp"
 
 #include <algorithm>
