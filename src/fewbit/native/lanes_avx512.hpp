@@ -79,8 +79,9 @@ struct LaneProduct {
         return _mm512_load_si512(order);
     }
 
-    // Adds one unit's products to sums[token][row], each lane of a row group with its own part of the columns.
-    template <int K, int T>
+    // Adds one unit's products to sums[token][row], each lane of a row group with its own part of the columns. The first
+    // unit of a scale group begins them: to write and read zeros is a twelfth of the work for eight tokens.
+    template <int K, int T, bool First>
     static void unit(const Decoder<K>& decoder, const uint8_t* codes, const int8_t* inputs, __m512i (&last)[2],
                      __m512i (&sums)[T][kTileRows]) {
         const uint8_t* end = codes + kLaneCols * (8 * K - 2);
@@ -105,8 +106,8 @@ struct LaneProduct {
             decoder.steps(b, before, w, std::make_integer_sequence<int, 8>());
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-                __m512i& first = sums[t][2 * block];
-                __m512i& second = sums[t][2 * block + 1];
+                __m512i first = First ? _mm512_setzero_si512() : sums[t][2 * block];
+                __m512i second = First ? _mm512_setzero_si512() : sums[t][2 * block + 1];
 #pragma GCC unroll 4
                 for (int c = 0; c < 4; ++c) {
                     const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(inputs + t * kLaneCols) + c);
@@ -114,6 +115,8 @@ struct LaneProduct {
                     first = _mm512_dpbusd_epi32(first, w[c], x);
                     second = _mm512_dpbusd_epi32(second, w[4 + c], x);
                 }
+                sums[t][2 * block] = first;
+                sums[t][2 * block + 1] = second;
             }
         }
     }
@@ -149,10 +152,11 @@ struct LaneProduct {
         const int8_t* inputs = job.packed;
         for (int64_t g = 0; g < groups; ++g) {
             __m512i sums[T][kTileRows], last[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            for (int t = 0; t < T; ++t)
-                for (int r = 0; r < kTileRows; ++r) sums[t][r] = _mm512_setzero_si512();
-            for (int64_t u = 0; u < units; ++u, codes += unit_bytes, inputs += T * kLaneCols)
-                unit<K, T>(decoder, codes, inputs, last, sums);
+            unit<K, T, true>(decoder, codes, inputs, last, sums);
+            for (int64_t u = 1; u < units; ++u)
+                unit<K, T, false>(decoder, codes + u * unit_bytes, inputs + u * T * kLaneCols, last, sums);
+            codes += units * unit_bytes;
+            inputs += units * T * kLaneCols;
             for (int t = 0; t < T; ++t) {
                 const int64_t at = t * groups + g;
                 const __m512i origin = _mm512_set1_epi32(kUnsigned * job.sums[at]);

@@ -1,14 +1,8 @@
-// Memory for weights: large pages where the system has them, and one parallel pass that fills it.
+// Passes over the memory of weights, with all threads.
 #include "memory.hpp"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <new>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "product.hpp"
 #include "threads.hpp"
@@ -16,24 +10,9 @@
 namespace fewbit {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int64_t kPiece = int64_t{1} << 20;      // bytes that a thread copies at a time
 
-size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
-
 }  // namespace
-
-uint8_t* allocate_huge(size_t bytes) {
-    // Small tensors do not deserve a page of their own.
-    const size_t unit = bytes >= kHugePage ? kHugePage : 64;
-    void* memory = std::aligned_alloc(unit, rounded(bytes ? bytes : 1, unit));
-    if (!memory) throw std::bad_alloc();
-#ifdef __linux__
-    // Advice only: where the system refuses, small pages do. They do for the tail, too, which would cost a whole page.
-    if (unit == kHugePage) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-    return static_cast<uint8_t*>(memory);
-}
 
 void copy_bytes(const uint8_t* from, uint8_t* to, int64_t bytes) {
     parallel_for(num_threads(), (bytes + kPiece - 1) / kPiece, [&](int64_t piece, int) {

@@ -1,13 +1,9 @@
-// Memory for weights: large pages where the system has them, and one parallel pass that fills it.
+// Passes over the memory of weights, with all threads.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace fewbit {
-
-// At least `bytes` bytes, to be freed with std::free; throws std::bad_alloc.
-uint8_t* allocate_huge(size_t bytes);
 
 void copy_bytes(const uint8_t* from, uint8_t* to, int64_t bytes);
 

@@ -1,8 +1,7 @@
 // The Python face of the memory for weights.
 #include "arguments.hpp"
 
-#include <cstdlib>
-
+#include "arena.hpp"
 #include "cpu.hpp"
 #include "memory.hpp"
 #include "product.hpp"
@@ -18,7 +17,7 @@ Bytes huge_bytes(int64_t count) {
     require(count > 0, "the number of bytes must be positive, not " + std::to_string(count));
     uint8_t* memory = allocate_huge(static_cast<size_t>(count));
     const size_t shape[1] = {static_cast<size_t>(count)};
-    return Bytes(memory, 1, shape, nb::capsule(memory, [](void* p) noexcept { std::free(p); }));
+    return Bytes(memory, 1, shape, nb::capsule(memory, [](void* p) noexcept { free_huge(static_cast<uint8_t*>(p)); }));
 }
 
 void place(const Array<const uint8_t, 2>& codes, const Array<uint8_t, 2>& out, int bits, int lane_groups) {

@@ -3,45 +3,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <sys/mman.h>
-#endif
-
+#include "arena.hpp"
 #include "threads.hpp"
 
 namespace fewbit {
 namespace {
 
 size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// Zeros that take no memory before they are written to.
-void* reserve(size_t bytes) {
-#if defined(__unix__) || defined(__APPLE__)
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-#ifdef MAP_NORESERVE
-    flags |= MAP_NORESERVE;
-#endif
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_NOHUGEPAGE
-    madvise(memory, bytes, MADV_NOHUGEPAGE);      // a huge page would be many heads' worth
-#endif
-#else
-    void* memory = std::calloc(bytes, 1);
-    if (!memory) throw std::bad_alloc();
-#endif
-    return memory;
-}
-
-void release(void* memory, size_t bytes) {
-#if defined(__unix__) || defined(__APPLE__)
-    munmap(memory, bytes);
-#else
-    std::free(memory);
-#endif
-}
 
 }  // namespace
 
@@ -52,7 +21,7 @@ Cache::Cache(const ProgramShape& shape)
     const size_t scales = type_ == CacheType::int8 ? whole_lines(positions * sizeof(float)) : 0;
     const size_t count = static_cast<size_t>(layers_ * slots_ * kv_heads_), each = 2 * (values + scales);
     bytes_ = std::max<size_t>(64, count * each);
-    memory_ = reserve(bytes_);
+    memory_ = reserve_pages(bytes_);            // a huge page would be many heads' worth
     heads_.reserve(count);
     for (size_t i = 0; i < count; ++i) {
         char* at = static_cast<char*>(memory_) + i * each;
@@ -62,7 +31,7 @@ Cache::Cache(const ProgramShape& shape)
     }
 }
 
-Cache::~Cache() { release(memory_, bytes_); }
+Cache::~Cache() { release_pages(memory_, bytes_); }
 
 void Cache::copy_head(const CacheHead& from, const CacheHead& to, int64_t length) const {
     const size_t element = bytes_of(type_), dim = static_cast<size_t>(dim_), positions = static_cast<size_t>(length);
