@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fewbit.assets import fetch_model
 from fewbit.checkpoint.plain import load_plain
-from fewbit.errors import CannotLower, UsageError
+from fewbit.checkpoint.source import open_source
+from fewbit.errors import CannotLower, FewbitError, UsageError
 from fewbit.loading import load_any
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
@@ -259,3 +261,26 @@ def test_the_real_model_predicts_what_transformers_does(smollm2_dir, smollm2_sou
         lost = reference.exp() * (reference - found[kv].log_softmax(1))
         assert lost.sum(1).mean() < bound  # nats
     assert torch.equal(logits_of(decoder, (0, 299, ids[299:])), found["int8"][299:])
+
+
+@pytest.mark.slow
+def test_a_real_qwen_predicts_what_transformers_does(wiki_eval):
+    try:
+        source = open_source(fetch_model("qwen2.5-coder-1.5b"))
+    except FewbitError as error:
+        pytest.skip(str(error))
+    ids = torch.tensor(source.tokenizer()(wiki_eval[:2000])["input_ids"])[:100]
+    model = load_plain(source, torch.bfloat16)
+    with torch.inference_mode():
+        # Layer by layer in float32, for two models of that size do not fit beside each other everywhere.
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(lambda module, _: module.float() and None)
+            layer.register_forward_hook(lambda module, *_: module.bfloat16() and None)
+        model.model.norm.float()
+        hidden = model.model(inputs_embeds=model.model.embed_tokens(ids[None]).float()).last_hidden_state[0]
+        wanted = hidden @ model.lm_head.weight.float().T
+    del model
+    decoder, _ = open_decoder(source.path, kv="float32", block=100, fallback=False)
+    found = logits_of(decoder, (0, 0, ids))
+    assert (found - wanted).abs().max() < 2e-2
+    assert torch.equal(found.argmax(1), wanted.argmax(1))
