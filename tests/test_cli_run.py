@@ -50,6 +50,12 @@ def test_generate_streams_text_and_tells_the_speed(run, checkpoint):
     assert run(*arguments)[1] == stdout, "the seed decides"
 
 
+def test_one_token_has_no_rate(run, checkpoint):
+    stderr = run("generate", checkpoint, "-p", "the quick", "--max-tokens", 1)[2]
+    assert "1 token, the first after" in stderr
+    assert "tokens/s" not in stderr
+
+
 def test_generate_reports_json_with_the_promised_keys(run, checkpoint):
     code, stdout, _ = run("generate", checkpoint, "-p", "the quick", "--max-tokens", 8, "--json")
     report = json.loads(stdout)

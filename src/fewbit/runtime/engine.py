@@ -100,8 +100,11 @@ class Request:
 
     def summary(self) -> str:
         """Length and speed of the answer in one line."""
+        count = self._sequence.generated
+        # A rate is that of the tokens after the first.
+        rate = f"{self.tokens_per_second:.1f} tokens/s, " if count > 1 else ""
         return (
-            f"{self._sequence.generated} tokens, {self.tokens_per_second:.1f} tokens/s, the first after "
+            f"{count} token{'' if count == 1 else 's'}, {rate}the first after "
             f"{self.seconds_to_first_token:.2f} s; {self.cached_tokens} of {self.prompt_tokens} prompt tokens cached"
         )
 
