@@ -26,14 +26,14 @@ class Config:
 CONFIGS: dict[str, tuple[tuple[int, tuple[Config, ...]], ...]] = {
     "packed": (
         (16, (Config(16, 64, 64, 4, 2), Config(16, 32, 64, 2, 2), Config(16, 128, 64, 8, 2))),
-        (1 << 31, (Config(64, 128, 64, 8, 2), Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2))),
+        (1 << 31, (Config(64, 64, 64, 8, 2), Config(64, 128, 32, 8, 2), Config(128, 64, 64, 8, 2))),
     ),
     "plain": (
         (16, (Config(16, 64, 64, 4, 2), Config(16, 32, 64, 2, 2))),
         (1 << 31, (Config(64, 64, 64, 8, 2), Config(64, 128, 64, 8, 2))),
     ),
     "inverse": (
-        (16, (Config(16, 32, 256, 8, 1),)),
+        (16, (Config(16, 16, 256, 8, 1), Config(16, 32, 256, 8, 1))),
         (1 << 31, (Config(64, 32, 256, 8, 1), Config(64, 64, 256, 8, 1))),
     ),
     "twin": (
@@ -41,7 +41,7 @@ CONFIGS: dict[str, tuple[tuple[int, tuple[Config, ...]], ...]] = {
         (1 << 31, (Config(64, 64, 64, 8, 2), Config(64, 128, 64, 8, 2))),
     ),
     "rotate": ((1 << 31, (Config(16, 0, 0, 4, 1), Config(32, 0, 0, 8, 1), Config(8, 0, 0, 4, 1))),),
-    "folded": ((1 << 31, (Config(16, 0, 0, 8, 1), Config(16, 0, 0, 4, 1))),),
+    "folded": ((1 << 31, (Config(16, 0, 64, 8, 1), Config(16, 0, 32, 8, 1))),),
 }
 
 

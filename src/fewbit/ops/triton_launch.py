@@ -287,7 +287,12 @@ def folded(
             "R": rank,
             **_strides(down),
         },
-        {**constants, "TOKENS": config.tokens, "BR": triton.next_power_of_2(rank)},
+        {
+            **constants,
+            "TOKENS": config.tokens,
+            "BR": triton.next_power_of_2(rank),
+            "BK": columns(config.cols, rotation.group),
+        },
         config,
     )
 

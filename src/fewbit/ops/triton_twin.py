@@ -31,7 +31,7 @@ def one_group(values, i, GROUPS: tl.constexpr):
 def folded_kernel(
     x, shift, signs, down_codes, down_scales, down_scale, q, scale, sums, T, K, R, row_stride, group_stride,
     BITS: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, SPAN: tl.constexpr, TOKENS: tl.constexpr,
-    BR: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SHIFT: tl.constexpr, SHORT: tl.constexpr, NORMALIZED: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SHIFT: tl.constexpr, SHORT: tl.constexpr, NORMALIZED: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens rotated and quantized, and behind them their h: `q` int8 `[T, K + R]`, `scale` and `sums`
     `[T, (K + R) / G]`. BR is R rounded up to a power of two."""
@@ -53,10 +53,14 @@ def folded_kernel(
         where = tokens[:, None] * groups + tile * GROUPS + tl.arange(0, GROUPS)[None, :]
         tl.store(scale + where, steps, mask=mask)
         tl.store(sums + where, totals, mask=mask)
-        for i in tl.static_range(GROUPS):
+        pieces = tl.reshape(found, (TOKENS, SPAN // BK, BK))
+        for i in range(GROUPS):
             g = tile * GROUPS + i
-            u = nibble_tile(down_codes, branch, R, K, g, 0, G, G)
-            dots = tl.dot(one_group(found, i, GROUPS).to(tl.int8), tl.trans(u), out_dtype=tl.int32)
+            dots = tl.zeros((TOKENS, BR), tl.int32)
+            for j in range(G // BK):
+                u = nibble_tile(down_codes, branch, R, K, g, j * BK, G, BK)
+                part = one_group(pieces, i * (G // BK) + j, SPAN // BK).to(tl.int8)
+                dots = tl.dot(part, tl.trans(u), dots, out_dtype=tl.int32)
             down = weight_scales(down_scales, branch, R, g, row_stride, group_stride, down_scale)
             h += dots.to(tl.float32) * (down[None, :] * one_group(steps, i, GROUPS)[:, None])
     fine = tl.zeros((TOKENS,), tl.int32)
