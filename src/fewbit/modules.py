@@ -19,9 +19,12 @@ from fewbit.formats import get_format
 from fewbit.formats.svdquant import SvdQuant
 from fewbit.math.hadamard import rotate, unpack_signs, unrotate
 from fewbit.math.inputs import quantized_inputs
-from fewbit.ops.cpu import FLOATS
+from fewbit.ops.cpu import FLOATS, KERNEL_DEVICES
+from fewbit.ops.gpu_layouts import GpuMatrix, gpu_matrices
 from fewbit.ops.layouts import from_lanes, place
 from fewbit.ops.schemas import ROW_GROUP
+
+GPU_FORMATS = ("trellis", "ternary", "iq3_s", "twinquant")
 
 
 class PackedTensor(nn.Module):
@@ -47,6 +50,7 @@ class PackedTensor(nn.Module):
         self.description = description
         self.spec = description.spec
         self.code = self.spec.format
+        self._gpu: tuple[GpuMatrix, ...] = ()
         self._part_names = tuple(description.layout())
         for name, (shape, dtype) in description.layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=torch_dtype(dtype)))
@@ -60,12 +64,26 @@ class PackedTensor(nn.Module):
             moved = self._buffers[name]
             if moved is not None and moved.dtype != dtype:
                 self._buffers[name] = before[name].to(moved.device)  # type: ignore[union-attr]
+        if self.code == "lanes" and self.codes.device.type != "cpu":
+            self.codes, self.code = self.parts()["codes"], self.spec.format
+        self._gpu = ()
         return self
 
     def place(self) -> None:
         """Move the codes to where and how this machine multiplies them fastest; a second call changes nothing."""
-        if self.code == "trellis":
+        if self.codes.device.type != "cpu":
+            self.gpu_matrices()
+        elif self.code == "trellis":
             self.codes, self.code = place(self.codes, self.spec.bits, self.spec.group, self.code)
+
+    def gpu_matrices(self) -> tuple[GpuMatrix, ...]:
+        """The matrix (and TwinQuant's U behind it) as kernels of graphics processors take it, made once per device.
+
+        Codes of the trellis and of int4 are the stored ones themselves; the controls have copies.
+        """
+        if not self._gpu:
+            self._gpu = gpu_matrices(self.parts(), self.spec)
+        return self._gpu
 
     def parts(self) -> dict[str, torch.Tensor]:
         parts = {name: getattr(self, name) for name in self._part_names}
@@ -81,6 +99,7 @@ class PackedTensor(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.code == "lanes":
             self.codes, self.code = self.parts()["codes"], self.spec.format
+        self._gpu = ()
         super()._load_from_state_dict(*args, **kwargs)
 
     def rotated_weight(self) -> torch.Tensor:
@@ -97,10 +116,13 @@ class PackedTensor(nn.Module):
         """`W x + bias` for inputs `[..., K]`, in their dtype.
 
         Rotated trellis weights on the CPU go through `fewbit::linear`, which quantizes the inputs to 8 bits, and
-        TwinQuant's through `fewbit::twin_linear`, with the inputs' bits; everything else, and everything that needs
-        gradients, multiplies with the decoded weight.
+        TwinQuant's through `fewbit::twin_linear`, with the inputs' bits; so do all codes that have kernels there on an
+        NVIDIA device. Everything else, and everything that needs gradients, multiplies with the decoded weight.
         """
         training = torch.is_grad_enabled() and x.requires_grad
+        fast = x.device.type != "cpu" and x.device.type in KERNEL_DEVICES and x.dtype in FLOATS and not training
+        if fast and self.spec.format in GPU_FORMATS and (self.spec.block > 1 or self.spec.format == "twinquant"):
+            return self.gpu_product(x, bias)
         if self.spec.format == "twinquant":
             return self._twin_product(x, bias, training)
         if self.spec.format == "svdquant":
@@ -120,6 +142,21 @@ class PackedTensor(nn.Module):
                 self.code,
             )
         return nn.functional.linear(self.rotate_input(x), self.rotated_weight().to(x.dtype), bias)
+
+    def gpu_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`product` by the operators, with the layouts of graphics processors."""
+        spec, (matrix, *branch) = self.spec, self.gpu_matrices()
+        parts = (matrix.codes, matrix.scales, matrix.tensor_scale)
+        signs = self.signs if spec.block > 1 else None
+        act_bits, shift = spec.act_bits or 8, None
+        if spec.format == "twinquant":
+            bias, shift = self.offset if bias is None else self.offset + bias.float(), self.shift
+        if branch:
+            down = (branch[0].codes, branch[0].scales, branch[0].tensor_scale)
+            return torch.ops.fewbit.twin_linear(x, *down, *parts, signs, bias, spec.block, act_bits, shift)
+        return torch.ops.fewbit.linear(
+            x, *parts, matrix.tables, signs, bias, spec.bits, spec.block, matrix.code, act_bits, shift
+        )
 
     def _twin_product(self, x: torch.Tensor, bias: torch.Tensor | None, training: bool) -> torch.Tensor:
         spec = self.spec

@@ -294,7 +294,7 @@ def test_a_compiled_graph_gives_the_eager_result():
     [
         ({"bits": 5}, "2, 3 or 4 bits, not 5"),
         ({"code": "nibbles"}, "nibbles have 4 bits, not 3"),
-        ({"code": "huffman"}, "the code must be one of trellis, lanes, nibbles, not 'huffman'"),
+        ({"code": "huffman"}, "the code must be one of trellis, lanes, nibbles, tiles, ternary, iq3_s, not 'huffman'"),
         ({"tables": None}, "the trellis needs its tables"),
         ({"block": 48}, "block must be 32, 64, 128 or 256, not 48"),
         ({"block": 256}, "multiple of the block 256"),

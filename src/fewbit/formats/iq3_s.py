@@ -94,6 +94,11 @@ def _field_sizes(group: int) -> tuple[int, int, int, int, int]:
     return 2, group // 4, group // 32, group // 8, (group // 32 + 1) // 2
 
 
+def block_fields(blocks: torch.Tensor, group: int) -> tuple[torch.Tensor, ...]:
+    """The fields d, qs, qh, signs and scales of blocks uint8 `[..., bytes]`, views of them."""
+    return blocks.split(_field_sizes(group), dim=-1)
+
+
 def _inverse(steps: torch.Tensor) -> torch.Tensor:
     return torch.where(steps > 0, 1.0 / steps, torch.zeros_like(steps))
 
@@ -178,7 +183,7 @@ class Iq3S(RowwiseFormat):
 
     def dequantize(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         blocks = parts["blocks"].reshape(-1, block_bytes(spec.group))
-        d, low, high, signs, nibbles = blocks.split(_field_sizes(spec.group), dim=1)
+        d, low, high, signs, nibbles = block_fields(blocks, spec.group)
         fine = unpack_bits(nibbles, 4)[:, : spec.group // SUB_BLOCK]
         # A copy, as blocks of odd length leave the two bytes of d unaligned.
         half = d.clone(memory_format=torch.contiguous_format).view(torch.float16)

@@ -1,10 +1,11 @@
-"""The operators' kernels: native code on the CPU, the reference everywhere else.
+"""The operators' kernels: native code on the CPU, Triton on NVIDIA devices, the reference everywhere else.
 
 Importing this module makes `torch.ops.fewbit` usable.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from fewbit.ops.extension import load_native
 from fewbit.ops.schemas import FLOATS as FLOATS
 
 NATIVE_FLOATS = (torch.float32, torch.bfloat16)
+KERNEL_DEVICES = {"cpu"}  # types of the devices that the operators are fast on
 
 
 def rotate_quantize(
@@ -99,7 +101,7 @@ def packed_linear(
     schemas.check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
     schemas.check_inputs(q, scale, sums, scales.shape[1])
     schemas.require(dtype in schemas.FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    native = load_native()
+    native = _native_for(code)
     if native is None:
         return reference.packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, dtype)
     out = torch.empty(q.shape[0], scales.shape[0], dtype=dtype if dtype in NATIVE_FLOATS else torch.float32)
@@ -149,8 +151,8 @@ def linears(
     )
     for parts in matrices:
         schemas.check_weights(cols, *parts, code)
-        schemas.check_rotation(cols, x.dtype, signs, block, cols // parts[1].shape[1], act_bits, shift)
-    native = load_native()
+        schemas.check_inputs_of(x, signs, block, parts[1].shape[1], act_bits, shift)
+    native = _native_for(code, act_bits)
     if native is None:
         return reference.linears(
             x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code, act_bits, shift
@@ -188,8 +190,8 @@ def twin_linear(
     cols, rank = x.shape[-1], down_scales.shape[0]
     down, both = (down_codes, down_scales, down_scale), (codes, scales, tensor_scale)
     schemas.check_twin(cols, down, both, bias)
-    schemas.check_rotation(cols, x.dtype, signs, block, cols // down_scales.shape[1], act_bits, shift)
-    native = load_native()
+    schemas.check_inputs_of(x, signs, block, down_scales.shape[1], act_bits, shift)
+    native = _native_for("nibbles", act_bits)
     if native is None:
         return reference.twin_linear(x, *down, *both, signs, bias, block, act_bits, shift)
     dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
@@ -206,6 +208,30 @@ def twin_linear(
         _shift(shift),
     )
     return out.to(x.dtype).view(*x.shape[:-1], scales.shape[0])
+
+
+def linear_inverse(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor | None,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    block: int,
+    code: str = "trellis",
+) -> torch.Tensor:
+    """See `reference.linear_inverse`; `ValueError` for arguments that do not fit."""
+    parts = (codes, scales, tensor_scale, tables)
+    schemas.check_weights(x.shape[-1], *parts, bias, bits, code)
+    schemas.check_inputs_of(x, signs, block, scales.shape[1], schemas.PLAIN, None)
+    return reference.linear_inverse(x, *parts, signs, bias, bits, block, code)
+
+
+def _native_for(code: str, act_bits: int = 8) -> ModuleType | None:
+    """Native code, where it knows this code and inputs of so many bits."""
+    return None if code in schemas.GPU_CODES or act_bits == schemas.PLAIN else load_native()
 
 
 def native_matrix(
@@ -257,8 +283,15 @@ for _name, _native, _reference in (
     ("gated_rotate_quantize", gated_rotate_quantize, reference.gated_rotate_quantize),
     ("packed_linear", packed_linear, reference.packed_linear),
     ("linear", linear, reference.linear),
+    ("linear_inverse", linear_inverse, reference.linear_inverse),
     ("linears", linears, reference.linears),
     ("twin_linear", twin_linear, reference.twin_linear),
 ):
     torch.library.impl(f"fewbit::{_name}", "CPU")(_native)
     torch.library.impl(f"fewbit::{_name}", "CompositeExplicitAutograd")(_reference)
+
+if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    from fewbit.ops import cuda
+
+    cuda.register()
+    KERNEL_DEVICES.add("cuda")

@@ -10,8 +10,9 @@ import torch
 from fewbit.formats.int4 import unpack_nibbles
 from fewbit.formats.trellis import TILE, from_stream, unpack_windows, window_values
 from fewbit.math.hadamard import unpack_signs
+from fewbit.ops.gpu_layouts import CODES_OF, tile_values
 from fewbit.ops.layouts import from_lanes
-from fewbit.ops.schemas import LARGEST
+from fewbit.ops.schemas import LARGEST, PLAIN
 
 SMALLEST = 1e-30  # groups whose largest magnitude is below this count as zero
 
@@ -152,8 +153,11 @@ def integer_weights(
         return unpack_nibbles(codes, rows, groups).view(rows, groups, -1)
     if tables is None:
         raise ValueError("the trellis needs its tables, int8 [40]")
+    if code in CODES_OF:
+        return CODES_OF[code](codes, tables, rows, groups)
     streams = codes.reshape(codes.shape[0] * groups, 2 * bits * group)
-    values = from_stream(window_values(tables)[unpack_windows(streams, bits)])
+    by_window = tile_values(tables) if code == "tiles" else window_values(tables)
+    values = from_stream(by_window[unpack_windows(streams, bits)])
     return values.view(codes.shape[0], groups, TILE, -1).transpose(1, 2).reshape(-1, groups, group)[:rows]
 
 
@@ -173,10 +177,11 @@ def packed_linear(
     """The product of quantized inputs with a packed matrix, `[T, N]` in `dtype`.
 
     `q`, `scale`, `sums` as from `rotate_quantize`; `codes`, `scales`, `tensor_scale` and, for the trellis, `tables` as
-    the format stores them: `code` is "trellis" (2, 3 or 4 bits), "lanes" (the same, rearranged: ops/layouts.py) or
-    "nibbles" (the int4 format). `bias` is float `[N]` or None. Per (token, row, group) the integer dot product is
-    exact; it is multiplied by `(scales * tensor_scale) * scale`, groups are added in order, the bias is added, all in
-    float32. `sums` is what native code needs and what this function does not.
+    the format stores them: `code` is "trellis" (2, 3 or 4 bits), "lanes" (the same, rearranged: ops/layouts.py),
+    "nibbles" (the int4 format), or "tiles", "ternary" or "iq3_s" (ops/gpu_layouts.py). `bias` is float `[N]` or None.
+    Per (token, row, group) the integer dot product is exact; it is multiplied by `(scales * tensor_scale) * scale`,
+    groups are added in order, the bias is added, all in float32. `sums` is what native code needs and what this
+    function does not.
     """
     rows, groups = scales.shape
     tokens, cols = q.shape
@@ -207,10 +212,61 @@ def linear(
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rotate_quantize` to `act_bits`, then `packed_linear`: inputs `[..., K]` to outputs `[..., N]` of the inputs'
-    dtype."""
+    dtype. With 16 bits the inputs are shifted, rotated and rounded to their dtype, and that is all."""
     rows = x.reshape(-1, x.shape[-1])
+    if act_bits == PLAIN:
+        inputs = rotated(rows, signs, block, shift).float()
+        y = inputs @ float_weights(codes, scales, tensor_scale, tables, x.shape[-1], bits, code).T
+        y = (y if bias is None else y + bias.float()).to(x.dtype)
+        return y.view(*x.shape[:-1], scales.shape[0])
     q, scale, sums = rotate_quantize(rows, signs, block, x.shape[-1] // scales.shape[1], act_bits, shift)
     y = packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, x.dtype)
+    return y.view(*x.shape[:-1], scales.shape[0])
+
+
+def rotated(x: torch.Tensor, signs: torch.Tensor | None, block: int, shift: torch.Tensor | None) -> torch.Tensor:
+    """Inputs `[T, K]` shifted and rotated in float32, in their dtype."""
+    y = x.float() if shift is None else x.float() - shift.float()
+    if signs is not None:
+        y = y * unpack_signs(signs, x.shape[1])
+    return butterflies(y, block).to(x.dtype)
+
+
+def float_weights(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor | None,
+    cols: int,
+    bits: int,
+    code: str,
+) -> torch.Tensor:
+    """The weights that a packed matrix stands for, float32 `[N, K]`, on the inputs' rotated axes."""
+    rows, groups = scales.shape
+    integers = integer_weights(codes, tables, (rows, groups, cols // groups), bits, code).float()
+    return (integers * (scales.float() * tensor_scale)[:, :, None]).view(rows, cols)
+
+
+def linear_inverse(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor | None,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    block: int,
+    code: str = "trellis",
+) -> torch.Tensor:
+    """The same product with the rotation on the weights' side, as ITQ3_S (arXiv 2603.27914) has it: weights are decoded
+    and turned back, and multiply inputs `[..., K]` as they are; outputs `[..., N]` in the inputs' dtype."""
+    cols = x.shape[-1]
+    weight = butterflies(float_weights(codes, scales, tensor_scale, tables, cols, bits, code), block)
+    if signs is not None:
+        weight = weight * unpack_signs(signs, cols)
+    y = x.reshape(-1, cols).float() @ weight.T
+    y = (y if bias is None else y + bias.float()).to(x.dtype)
     return y.view(*x.shape[:-1], scales.shape[0])
 
 
@@ -255,10 +311,18 @@ def twin_linear(
     `down_*` are the int4 parts of `[r, K]` (the paper's U, transposed), the others those of `[N, K + r]`, the residual
     and V side by side. Inputs `[..., K]` are shifted, rotated and quantized to `act_bits`; their product with `down` in
     float32 is quantized in the same groups, unrotated, and follows them as r more inputs of the second product.
-    Outputs `[..., N]` have the inputs' dtype.
+    With 16 bits both are rounded to the inputs' dtype instead. Outputs `[..., N]` have the inputs' dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
     group = x.shape[-1] // down_scales.shape[1]
+    if act_bits == PLAIN:
+        plain = rotated(rows, signs, block, shift)
+        down = float_weights(down_codes, down_scales, down_scale, None, x.shape[-1], 4, "nibbles")
+        plain = torch.cat([plain, (plain.float() @ down.T).to(x.dtype)], 1)
+        both = float_weights(codes, scales, tensor_scale, None, plain.shape[1], 4, "nibbles")
+        y = plain.float() @ both.T
+        y = (y if bias is None else y + bias.float()).to(x.dtype)
+        return y.view(*x.shape[:-1], scales.shape[0])
     inputs = rotate_quantize(rows, signs, block, group, act_bits, shift)
     h = packed_linear(*inputs, down_codes, down_scales, down_scale, None, None, 4, "nibbles", torch.float32)
     joined = [torch.cat(pair, 1) for pair in zip(inputs, rotate_quantize(h, None, 1, group, act_bits), strict=True)]

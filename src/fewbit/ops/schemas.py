@@ -14,8 +14,10 @@ from fewbit.ops.layouts import LANE_COLS, LANE_GROUPS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 3, 4)
-CODES = ("trellis", "lanes", "nibbles")
-_WIDTHS = {code: "nibbles have 4 bits" if code == "nibbles" else "the trellis has 2, 3 or 4 bits" for code in CODES}
+CODES = ("trellis", "lanes", "nibbles", "tiles", "ternary", "iq3_s")
+GPU_CODES = ("tiles", "ternary", "iq3_s")  # layouts of graphics processors: ops/gpu_layouts.py
+WIDTHS = {"nibbles": (4,), "ternary": (3,), "iq3_s": (3,)}
+PLAIN = 16  # bits of inputs that are not quantized
 LARGEST = {8: 127, 4: 7}  # by the bits of quantized inputs
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROW_GROUP = 16
@@ -44,6 +46,11 @@ torch.library.define(
     "fewbit::linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor? tables, Tensor? signs, Tensor? bias, "
     "int bits, int block, str code='trellis', int act_bits=8, Tensor? shift=None) -> Tensor",
+)
+torch.library.define(
+    "fewbit::linear_inverse",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor tensor_scale, Tensor? tables, Tensor? signs, Tensor? bias, "
+    "int bits, int block, str code='trellis') -> Tensor",
 )
 torch.library.define(
     "fewbit::linears",
@@ -103,6 +110,19 @@ def check_rotation(
         raise ValueError(f"shift must be float [{cols}], not {shift.dtype} {list(shift.shape)}")
 
 
+def check_inputs_of(
+    x: torch.Tensor,
+    signs: torch.Tensor | None,
+    block: int,
+    groups: int,
+    act_bits: int,
+    shift: torch.Tensor | None,
+) -> None:
+    """Raise `ValueError` unless a product over `groups` scale groups can take `x [..., K]` so, in 8, 4 or 16 bits."""
+    bits = 8 if act_bits == PLAIN else act_bits
+    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // groups, bits, shift)
+
+
 def check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     """Raise `ValueError` unless inputs `[T, K]` can be normalized with this gain."""
     require(x.dim() == 2, f"x must be [T, K], not {list(x.shape)}")
@@ -123,6 +143,35 @@ def check_gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
     require(activation in ACTIVATIONS, f"activation must be silu or gelu_tanh, not {activation!r}")
 
 
+def _width_message(code: str, bits: int) -> str:
+    if code in WIDTHS:
+        return f"{code} have {WIDTHS[code][0]} bits, not {bits}"
+    return f"the trellis has 2, 3 or 4 bits, not {bits}"
+
+
+def _check_codes(
+    codes: torch.Tensor, tables: torch.Tensor | None, shape: tuple[int, int, int], bits: int, code: str
+) -> None:
+    """Raise `ValueError` unless codes and tables are those of a matrix of `shape` (rows, columns, scale group)."""
+    rows, cols, group = shape
+    row_groups = -(-rows // ROW_GROUP)
+    if code in ("ternary", "iq3_s"):
+        unit, size = (16, 4) if code == "ternary" else (32, 14)
+        _require_tensor("codes", codes, (cols // unit, size * ROW_GROUP * row_groups), torch.uint8)
+        require(tables is not None, f"the code {code} needs its tables")
+        assert tables is not None
+        kind = ((rows, cols // group), torch.float16) if code == "ternary" else ((2048,), torch.int8)
+        _require_tensor("tables", tables, *kind)
+        return
+    lanes = max(2, codes.shape[-1] // (2 * bits * cols)) if code == "lanes" else 1  # row groups in a row of codes
+    require(code != "lanes" or lanes in LANE_GROUPS, f"lanes hold 2 or 4 row groups, not {lanes}")
+    require(lanes == 1 or group % LANE_COLS == 0, f"lanes need scale groups of {LANE_COLS} n columns, not {group}")
+    _require_tensor("codes", codes, (-(-rows // (lanes * ROW_GROUP)), lanes * 2 * bits * cols), torch.uint8)
+    if tables is not None:
+        _require_tensor("tables", tables, (128 if code == "tiles" else 40,), torch.int8)
+    require(tables is not None or code == "nibbles", "the trellis needs its tables, int8 [40]")
+
+
 def check_weights(
     cols: int,
     codes: torch.Tensor,
@@ -135,7 +184,7 @@ def check_weights(
 ) -> None:
     """Raise `ValueError` unless these are the parts of a packed matrix with `cols` inputs."""
     require(code in CODES, f"the code must be one of {', '.join(CODES)}, not '{code}'")
-    require(bits == 4 if code == "nibbles" else bits in BITS, f"{_WIDTHS[code]}, not {bits}")
+    require(bits in WIDTHS.get(code, BITS), _width_message(code, bits))
     require(
         scales.dtype == torch.float16 and scales.dim() == 2 and 0 not in scales.shape,
         f"scales must be float16 [N, K / group], not {scales.dtype} {list(scales.shape)}",
@@ -146,15 +195,8 @@ def check_weights(
         cols == group * groups and group % MIN_BLOCK == 0 and 0 < group <= MAX_GROUP,
         f"{cols} inputs in {groups} scale groups: a group is a multiple of {MIN_BLOCK} up to {MAX_GROUP} columns",
     )
-    lanes = max(2, codes.shape[-1] // (2 * bits * cols)) if code == "lanes" else 1  # row groups in a row of codes
-    require(code != "lanes" or lanes in LANE_GROUPS, f"lanes hold 2 or 4 row groups, not {lanes}")
-    require(lanes == 1 or group % LANE_COLS == 0, f"lanes need scale groups of {LANE_COLS} n columns, not {group}")
-    shape = (-(-rows // (lanes * ROW_GROUP)), lanes * 2 * bits * cols)
-    _require_tensor("codes", codes, shape, torch.uint8)
+    _check_codes(codes, tables, (rows, cols, group), bits, code)
     _require_tensor("tensor_scale", tensor_scale, (1,), torch.float32)
-    if tables is not None:
-        _require_tensor("tables", tables, (40,), torch.int8)
-    require(tables is not None or code == "nibbles", "the trellis needs its tables, int8 [40]")
     if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS):
         raise ValueError(f"bias must be float [{rows}], not {bias.dtype} {list(bias.shape)}")
 
@@ -279,8 +321,24 @@ def _linear(
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_weights(x.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
-    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // scales.shape[1], act_bits, shift)
+    check_inputs_of(x, signs, block, scales.shape[1], act_bits, shift)
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+@torch.library.register_fake("fewbit::linear_inverse")
+def _linear_inverse(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    tables: torch.Tensor | None,
+    signs: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    block: int,
+    code: str = "trellis",
+) -> torch.Tensor:
+    return _linear(x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code, PLAIN)
 
 
 @torch.library.register_fake("fewbit::linears")
@@ -322,5 +380,5 @@ def _twin_linear(
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_twin(x.shape[-1], (down_codes, down_scales, down_scale), (codes, scales, tensor_scale), bias)
-    check_rotation(x.shape[-1], x.dtype, signs, block, x.shape[-1] // down_scales.shape[1], act_bits, shift)
+    check_inputs_of(x, signs, block, down_scales.shape[1], act_bits, shift)
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
