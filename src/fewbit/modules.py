@@ -71,7 +71,7 @@ class PackedTensor(nn.Module):
 
     def place(self) -> None:
         """Move the codes to where and how this machine multiplies them fastest; a second call changes nothing."""
-        if self.codes.device.type != "cpu":
+        if getattr(self, self._part_names[0]).device.type != "cpu":
             self.gpu_matrices()
         elif self.code == "trellis":
             self.codes, self.code = place(self.codes, self.spec.bits, self.spec.group, self.code)
