@@ -31,7 +31,8 @@ def one_group(values, i, GROUPS: tl.constexpr):
 def folded_kernel(
     x, shift, signs, down_codes, down_scales, down_scale, q, scale, sums, T, K, R, row_stride, group_stride,
     BITS: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, SPAN: tl.constexpr, TOKENS: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SHIFT: tl.constexpr, SHORT: tl.constexpr, NORMALIZED: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SHIFT: tl.constexpr, SHORT: tl.constexpr,
+    NORMALIZED: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens rotated and quantized, and behind them their h: `q` int8 `[T, K + R]`, `scale` and `sums`
     `[T, (K + R) / G]`. BR is R rounded up to a power of two."""
