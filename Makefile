@@ -6,11 +6,11 @@ STAMP := .venv/.installed
 NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-slow test-sanitize test-aarch64
+.PHONY: help venv demo lint test test-slow test-sanitize test-aarch64 test-gpu-static
 .PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/packages.sh $(NATIVE)
 	@sh scripts/make_venv.sh $(PYTHON)
@@ -38,6 +38,9 @@ test-sanitize: $(STAMP)  ## Run the kernels' tests under AddressSanitizer and Un
 
 test-aarch64: $(STAMP)  ## Run the portable kernels on emulated aarch64
 	@sh scripts/test_aarch64.sh
+
+test-gpu-static: $(STAMP)  ## Run the GPU kernels in Triton's interpreter and compile them, without a GPU (minutes)
+	@sh scripts/test_gpu_static.sh
 
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 	@$(BIN)/python benchmarks/encode.py

@@ -239,6 +239,53 @@ def twin_operator() -> str:
     return markdown(["weights", "tokens", "threads", "fused", "three products", "ratio"], lines) + note
 
 
+def gpu_static() -> str:
+    """The compiled GPU kernels: the most of the architectures, as they differ little, and the products of each."""
+    report = json.loads((RESULTS / "gpu-static.json").read_text())
+    lines = []
+    for name, found in sorted(report["kernels"].items()):
+        rows = list(found.values())
+        loops = [row["loop_instructions_per_weight"] for row in rows if "loop_instructions_per_weight" in row]
+        kinds = sorted({operation.split(".")[0] for row in rows for operation in row["tensor_core"]})
+        lines.append(
+            [
+                name,
+                spread([row["registers"] for row in rows]),
+                str(max(row["spill_instructions"] for row in rows)),
+                spread([round(row["shared_bytes"] / 1024, 1) for row in rows]),
+                spread(loops) if loops else "",
+                f"{rows[0]['bytes_per_weight']:.3f}" if "bytes_per_weight" in rows[0] else "",
+                ", ".join(kinds),
+            ]
+        )
+    header = ["kernel", "registers", "spills", "shared KiB", "instructions/weight", "bytes/weight", "tensor cores"]
+    names = ", ".join(f"sm_{arch}" for arch in sorted(next(iter(report["kernels"].values())), key=int))
+    shape = report["shape"]
+    return markdown(header, lines) + (
+        f"\nLeast and most over {names}; {shape['rows']} outputs, {shape['cols']} inputs, rank {shape['rank']}, gemv "
+        f"one token, gemm 512; thread instructions of the innermost loop per decoded weight; bytes: codes, scales. "
+        f"Triton {report['triton']}. Made by `benchmarks/gpu_static.py`; each architecture's own figures are in "
+        f"`benchmarks/results/gpu-static.json`.\n"
+    )
+
+
+def spread(values: list[float]) -> str:
+    return f"{min(values):g}" if min(values) == max(values) else f"{min(values):g}-{max(values):g}"
+
+
+def gpu_model() -> str:
+    """The roofline of `gpu_model.py`."""
+    report = json.loads((RESULTS / "gpu-model.json").read_text())
+    lines = [
+        [row["card"], row["method"], *(f"{cell['milliseconds']:.2f} {cell['limit'][0]}" for cell in row["predicted"])]
+        for row in report["rows"]
+    ]
+    return markdown(["card", "weights", *map(str, report["tokens"])], lines) + (
+        "\nPredicted, not measured: milliseconds for all linears of LLaMA-3-8B, one step of so many tokens, and what "
+        "binds: m memory, p products, i instructions. Made by `benchmarks/gpu_model.py`.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
@@ -249,6 +296,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "encoding": encoding,
     "kernels": kernels,
     "peers": peers,
+    "gpu-static": gpu_static,
+    "gpu-model": gpu_model,
 }
 
 
