@@ -71,10 +71,15 @@ class PackedTensor(nn.Module):
 
     def place(self) -> None:
         """Move the codes to where and how this machine multiplies them fastest; a second call changes nothing."""
-        if getattr(self, self._part_names[0]).device.type != "cpu":
+        if self._on_gpu():
             self.gpu_matrices()
         elif self.code == "trellis":
             self.codes, self.code = place(self.codes, self.spec.bits, self.spec.group, self.code)
+
+    def _on_gpu(self) -> bool:
+        """Whether a graphics processor that has kernels for this format holds the parts."""
+        device = self._buffers[self._part_names[0]].device.type  # type: ignore[union-attr]
+        return device != "cpu" and device in KERNEL_DEVICES and self.spec.format in GPU_FORMATS
 
     def gpu_matrices(self) -> tuple[GpuMatrix, ...]:
         """The matrix (and TwinQuant's U behind it) as kernels of graphics processors take it, made once per device.
@@ -120,8 +125,8 @@ class PackedTensor(nn.Module):
         NVIDIA device. Everything else, and everything that needs gradients, multiplies with the decoded weight.
         """
         training = torch.is_grad_enabled() and x.requires_grad
-        fast = x.device.type != "cpu" and x.device.type in KERNEL_DEVICES and x.dtype in FLOATS and not training
-        if fast and self.spec.format in GPU_FORMATS and (self.spec.block > 1 or self.spec.format == "twinquant"):
+        rotated = self.spec.block > 1 or self.spec.format == "twinquant"
+        if self._on_gpu() and rotated and x.dtype in FLOATS and not training:
             return self.gpu_product(x, bias)
         if self.spec.format == "twinquant":
             return self._twin_product(x, bias, training)

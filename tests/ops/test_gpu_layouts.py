@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fewbit import modules
 from fewbit.checkpoint.artifact import QuantizedModule
 from fewbit.formats import get_format
 from fewbit.math.hadamard import pack_signs, random_signs
@@ -60,3 +61,18 @@ def test_a_format_without_a_layout_is_refused():
     spec = get_format("lloyd8").spec(16, 64, 3)
     with pytest.raises(ValueError, match="no kernel layout for format lloyd8"):
         gpu_matrix({}, spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("trellis", 3), ("ternary", 3), ("iq3_s", 3), ("twinquant", 4), ("lloyd8", 3), ("int8", 8)]
+)
+def test_a_module_is_placed_wherever_its_parts_are(name, bits, monkeypatch):
+    """The meta device stands for a graphics processor here; formats without kernels stay as they are there."""
+    monkeypatch.setattr(modules, "KERNEL_DEVICES", {"cpu", "meta"})
+    spec = get_format(name).spec(32, 160, bits)
+    module = FewbitLinear(QuantizedModule("a.linear", spec, "linear"), bias=False, dtype=torch.float32)
+    module.place()
+    module.to("meta").place()
+    assert module.code == spec.format  # no lanes
+    assert bool(module._gpu) == (name in modules.GPU_FORMATS)
+    assert {part.device.type for part in module.parts().values()} == {"meta"}
