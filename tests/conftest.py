@@ -6,6 +6,7 @@ index can be reached and nothing is cached.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 
 from fewbit.assets import fetch_model, fetch_text
 from fewbit.errors import FewbitError
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def _or_skip(fetch, name: str) -> Path:
@@ -43,6 +46,21 @@ def run(capfd, monkeypatch):
         return code, out, err
 
     return run_command
+
+
+@pytest.fixture
+def import_benchmark(monkeypatch):
+    """The function `import_benchmark(name)`: a program of `benchmarks/` as a module, forgotten after the test."""
+    before = set(sys.modules)
+
+    def import_one(name: str):
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        return importlib.import_module(name)
+
+    yield import_one
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 from transformers import LlamaConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def load_big(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("benchmark_big", ROOT / "benchmarks" / "big.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_model_of_any_shape_is_written_compressed_and_compared_with_its_bound(tmp_path, monkeypatch):
-    big = load_big(monkeypatch)
+def test_a_model_is_written_compressed_and_compared_with_its_bound(tmp_path, monkeypatch, import_benchmark):
+    big = import_benchmark("big")
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -41,7 +28,7 @@ def test_a_model_of_any_shape_is_written_compressed_and_compared_with_its_bound(
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
 
 
-def test_the_full_shape_has_eight_billion_weights(monkeypatch):
-    big = load_big(monkeypatch)
+def test_the_full_shape_has_eight_billion_weights(import_benchmark):
+    big = import_benchmark("big")
     config = LlamaConfig(**big.SHAPE, num_hidden_layers=32)
     assert 32 * big.layer_bytes(config) / 4 + 2 * 128256 * 4096 + 4096 == 8_030_261_248

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 @pytest.fixture
-def end_to_end(monkeypatch):
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import end_to_end
-
-    yield end_to_end
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
-            sys.modules.pop(name)
+def end_to_end(import_benchmark):
+    return import_benchmark("end_to_end")
 
 
 def test_a_summary_has_the_median_and_the_spread_of_every_figure(end_to_end):

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fewbit.evaluate import windows
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 
 
 @pytest.fixture
-def references(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "references", raising=False)
-    import references
-
-    yield references
-    sys.modules.pop("references")
+def references(import_benchmark):
+    return import_benchmark("references")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from fewbit.serve.settings import Settings
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processor time from /proc")
 
 
 @pytest.fixture
-def serving(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("benchmark_serving", BENCHMARKS / "serving.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("encode", None)
+def serving(import_benchmark):
+    return import_benchmark("serving")
 
 
 def test_it_measures_every_number_of_clients_and_compares_a_crowd(serve, serving, monkeypatch):

@@ -98,9 +98,7 @@ def packed_linear(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `reference.packed_linear`; `ValueError` for arguments that do not fit."""
-    schemas.check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
-    schemas.check_inputs(q, scale, sums, scales.shape[1])
-    schemas.require(dtype in schemas.FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    schemas.check_packed((q, scale, sums), (codes, scales, tensor_scale, tables), bias, bits, code, dtype)
     native = _native_for(code)
     if native is None:
         return reference.packed_linear(q, scale, sums, codes, scales, tensor_scale, tables, bias, bits, code, dtype)
@@ -108,25 +106,6 @@ def packed_linear(
     matrix = native_matrix(native, q.shape[1], codes, scales, tensor_scale, tables, bias, bits, code)
     native.packed_linear(q.contiguous(), scale.contiguous(), sums.contiguous(), matrix, _bits(out))
     return out.to(dtype)
-
-
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    tensor_scale: torch.Tensor,
-    tables: torch.Tensor | None,
-    signs: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    block: int,
-    code: str = "trellis",
-    act_bits: int = 8,
-    shift: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `reference.linear`; `ValueError` for arguments that do not fit."""
-    parts = ([codes], [scales], [tensor_scale], [tables])
-    return linears(x, *parts, signs, [bias], [bits], block, code, act_bits, shift)[0]
 
 
 def linears(
@@ -144,19 +123,14 @@ def linears(
     shift: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """See `reference.linears`; `ValueError` for arguments that do not fit."""
-    schemas.check_lists(codes, scales, tensor_scale, tables, bias, bits)
-    cols = x.shape[-1]
-    matrices: list[tuple[Any, Any, Any, Any, Any, int]] = list(
-        zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
-    )
-    for parts in matrices:
-        schemas.check_weights(cols, *parts, code)
-        schemas.check_inputs_of(x, signs, block, parts[1].shape[1], act_bits, shift)
+    lists = (codes, scales, tensor_scale, tables, bias, bits)
+    matrices = schemas.checked_matrices(x, lists, signs, block, code, act_bits, shift)
     native = _native_for(code, act_bits)
     if native is None:
         return reference.linears(
             x, codes, scales, tensor_scale, tables, signs, bias, bits, block, code, act_bits, shift
         )
+    cols = x.shape[-1]
     rows = x.reshape(-1, cols).contiguous()
     dtype = x.dtype if x.dtype in NATIVE_FLOATS else torch.float32
     outs = [torch.empty(rows.shape[0], s.shape[0], dtype=dtype) for s in scales]
@@ -170,6 +144,9 @@ def linears(
         _shift(shift),
     )
     return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+linear = schemas.linear_of(linears)
 
 
 def twin_linear(

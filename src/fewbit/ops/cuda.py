@@ -116,9 +116,7 @@ def packed_linear(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `reference.packed_linear`; `ValueError` for arguments that do not fit."""
-    schemas.check_weights(q.shape[-1], codes, scales, tensor_scale, tables, bias, bits, code)
-    schemas.check_inputs(q, scale, sums, scales.shape[1])
-    schemas.require(dtype in schemas.FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    schemas.check_packed((q, scale, sums), (codes, scales, tensor_scale, tables), bias, bits, code, dtype)
     matrix = gpu_matrix(q.shape[1], codes, scales, tensor_scale, tables, bits, code)
     return _product((q.contiguous(), scale.contiguous(), sums.contiguous()), matrix, bits, bias, dtype)
 
@@ -131,25 +129,6 @@ def _product(
         for launch in triton_launch.packed_linear(inputs, matrix, bits, bias, out):
             launch.run()
     return out
-
-
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    tensor_scale: torch.Tensor,
-    tables: torch.Tensor | None,
-    signs: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    block: int,
-    code: str = "trellis",
-    act_bits: int = 8,
-    shift: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `reference.linear`; `ValueError` for arguments that do not fit."""
-    parts = ([codes], [scales], [tensor_scale], [tables])
-    return linears(x, *parts, signs, [bias], [bits], block, code, act_bits, shift)[0]
 
 
 def linears(
@@ -167,18 +146,13 @@ def linears(
     shift: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """See `reference.linears`; `ValueError` for arguments that do not fit. 16 bits are for the trellis and int4."""
-    schemas.check_lists(codes, scales, tensor_scale, tables, bias, bits)
+    lists = (codes, scales, tensor_scale, tables, bias, bits)
+    matrices = schemas.checked_matrices(x, lists, signs, block, code, act_bits, shift)
     cols = x.shape[-1]
-    several: list[tuple[Any, Any, Any, Any, Any, int]] = list(
-        zip(codes, scales, tensor_scale, tables, bias, bits, strict=True)
-    )
-    for parts in several:
-        schemas.check_weights(cols, *parts, code)
-        schemas.check_inputs_of(x, signs, block, parts[1].shape[1], act_bits, shift)
     rows = x.reshape(-1, cols).contiguous()
     inputs: dict[int, Any] = {}  # by scale group: matrices that share one share their inputs
     outs = []
-    for c, s, t, table, b, width in several:
+    for c, s, t, table, b, width in matrices:
         matrix, group = gpu_matrix(cols, c, s, t, table, width, code), cols // s.shape[1]
         rotation = Rotation(signs, block, group, act_bits, shift)
         if group not in inputs:
@@ -190,6 +164,9 @@ def linears(
             out = _product(inputs[group], matrix, width, b, x.dtype)
         outs.append(out.view(*x.shape[:-1], s.shape[0]))
     return outs
+
+
+linear = schemas.linear_of(linears)
 
 
 def _plain_product(

@@ -5,6 +5,7 @@ The kernels are registered in `fewbit.ops.cpu`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -228,6 +229,65 @@ def check_inputs(q: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor, group
     require(q.dim() == 2 and q.dtype == torch.int8, f"q must be int8 [T, K], not {q.dtype} {list(q.shape)}")
     _require_tensor("scale", scale, (q.shape[0], groups), torch.float32)
     _require_tensor("sums", sums, (q.shape[0], groups), torch.int32)
+
+
+def check_packed(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    bias: torch.Tensor | None,
+    bits: int,
+    code: str,
+    dtype: torch.dtype,
+) -> None:
+    """Raise `ValueError` unless inputs `q, scale, sums` and a matrix's `codes, scales, tensor_scale, tables` fit."""
+    check_weights(inputs[0].shape[-1], *parts, bias, bits, code)
+    check_inputs(*inputs, parts[1].shape[1])
+    require(dtype in FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
+
+
+def checked_matrices(
+    x: torch.Tensor,
+    lists: tuple[list[Any], ...],
+    signs: torch.Tensor | None,
+    block: int,
+    code: str,
+    act_bits: int,
+    shift: torch.Tensor | None,
+) -> list[tuple[Any, Any, Any, Any, Any, int]]:
+    """`codes, scales, tensor_scale, tables, bias, bits` of every matrix of `linears`, from a list of each.
+
+    Raises `ValueError` unless all of them fit the inputs `[..., K]`.
+    """
+    check_lists(*lists)
+    matrices: list[tuple[Any, Any, Any, Any, Any, int]] = list(zip(*lists, strict=True))
+    for parts in matrices:
+        check_weights(x.shape[-1], *parts, code)
+        check_inputs_of(x, signs, block, parts[1].shape[1], act_bits, shift)
+    return matrices
+
+
+def linear_of(linears: Callable[..., list[torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """The kernel of `linear` by way of that of `linears`, for devices whose kernels take several matrices at once."""
+
+    def linear(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        tensor_scale: torch.Tensor,
+        tables: torch.Tensor | None,
+        signs: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        bits: int,
+        block: int,
+        code: str = "trellis",
+        act_bits: int = 8,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `reference.linear`; `ValueError` for arguments that do not fit."""
+        parts = ([codes], [scales], [tensor_scale], [tables])
+        return linears(x, *parts, signs, [bias], [bits], block, code, act_bits, shift)[0]
+
+    return linear
 
 
 def empty_quantized(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

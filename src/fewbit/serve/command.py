@@ -80,11 +80,7 @@ def serve(
         page=page,
     )
     if api_key is None and not is_loopback(host):
-        stderr.print(
-            f"[yellow]warning:[/yellow] {host} can be reached from other machines, and no key is set: anyone there may "
-            "use the model; set FEWBIT_API_KEY",
-            soft_wrap=True,
-        )
+        _warn_open(host)
     _check_free(host, port)
     options = {"slots": slots, "context": context, "threads": threads, "kv": kv, "draft": draft}
     _run(path, options, settings, server, host, port, access_log)
@@ -96,6 +92,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _warn_open(host: str) -> None:
+    stderr.print(
+        f"[yellow]warning:[/yellow] {host} can be reached from other machines, and no key is set: anyone there may "
+        "use the model; set FEWBIT_API_KEY",
+        soft_wrap=True,
+    )
 
 
 def _import_server() -> Any:

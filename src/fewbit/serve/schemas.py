@@ -6,6 +6,7 @@ one that is only for OpenAI's accounts and caches is dropped.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -192,13 +193,13 @@ class GenerationRequest(BaseModel):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @abstractmethod
     def token_limit(self) -> int | None:
         """The most tokens of an answer, None for as many as the context holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def alternatives(self) -> int | None:
         """Likeliest tokens to tell per token, None for no log-probabilities at all."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of one choice. Choices of one seed differ, and each comes again with that seed."""
