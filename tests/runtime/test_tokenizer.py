@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,26 @@ def test_what_is_not_covered_is_left_to_transformers(stored, settings):
 
 def test_without_files_there_is_none(tmp_path):
     assert open_tokenizer(tmp_path, "llama") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", '{"broken'),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", "[1, 2]"),
+        ("tokenizer_config.json", '{"broken'),
+        ("tokenizer_config.json", '{"tokenizer_class": "TokenizersBackend", "added_tokens_decoder": {"x": 1}}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "TokenizersBackend", "bos_token": {"text": "no content"}}'),
+    ],
+)
+def test_damaged_files_are_named_with_the_remedy(stored, name, text):
+    (stored / name).write_text(text)
+    with pytest.raises(FewbitError, match=r"token(izer|s)") as caught:
+        open_tokenizer(stored, "llama")
+    assert str(stored) in str(caught.value)
+    assert re.search("copy tokenizer.json|make the checkpoint again", str(caught.value))
 
 
 def test_a_template_raises_what_it_says_and_keeps_to_the_sandbox(stored):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fewbit.ops.extension import load_native
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 from fewbit.runtime import weights
+from fewbit.runtime.decoder import ending_tokens, open_decoder
 from fewbit.runtime.weights import PANEL, Dense, PackedWeights
 
 EMBED = "model.embed_tokens.weight"
@@ -80,3 +83,20 @@ def test_numbers_turn_into_float32_and_bfloat16_as_in_torch():
     assert np.array_equal(to_bfloat16(half.numpy(), "F16"), half.bfloat16().view(torch.uint16).numpy())
     nan = np.array([np.nan], np.float32)
     assert np.isnan(to_float32(to_bfloat16(nan, "F32"), "BF16")).all()
+
+
+@pytest.mark.parametrize("text", ["[1", "[]", '"eos"'])
+def test_a_generation_configuration_that_is_none_is_named(checkpoint, text):
+    opened(checkpoint)  # skips without native code
+    (checkpoint / "generation_config.json").write_text(text)
+    with pytest.raises(CorruptFile, match=r"generation_config\.json"):
+        open_decoder(checkpoint)
+
+
+def test_what_ends_a_text_is_one_token_or_several(tmp_path):
+    config = SimpleNamespace(eos_token_id=7)
+    assert ending_tokens(tmp_path, config) == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert ending_tokens(tmp_path, config) == (2, 3)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert ending_tokens(tmp_path, config) == (7,)

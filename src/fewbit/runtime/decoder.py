@@ -7,13 +7,13 @@ position is all it takes to drop tokens.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from fewbit.errors import CannotLower, UsageError
+from fewbit.checkpoint.store import read_json
+from fewbit.errors import CannotLower, CorruptFile, UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
 
@@ -138,11 +138,17 @@ def open_decoder(
 
 
 def ending_tokens(path: str | Path, config: Any) -> tuple[int, ...]:
-    """The tokens that end a text, of the generation configuration if there is one and else of the model's."""
+    """The tokens that end a text, of the generation configuration if there is one and else of the model's.
+
+    Raises `CorruptFile` for a generation configuration that is none.
+    """
     found = getattr(config, "eos_token_id", None)
     file = Path(path) / "generation_config.json"
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", found)
+        settings = read_json(file)
+        if not isinstance(settings, dict):
+            raise CorruptFile(f"{file} holds no settings; copy it from the model, or remove it")
+        found = settings.get("eos_token_id", found)
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list | tuple) else (found,)

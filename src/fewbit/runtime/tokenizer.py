@@ -15,6 +15,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from fewbit.checkpoint.store import read_json
+from fewbit.checkpoint.tensors import first_line
+from fewbit.errors import CorruptFile, FewbitError
 
 if TYPE_CHECKING:
     from fewbit.runtime.chat_template import ChatTemplate
@@ -67,15 +69,26 @@ class Tokenizer:
 
 
 def open_tokenizer(path: Path, model_type: str) -> Any:
-    """The tokenizer of a directory, with the methods of `Tokenizer`; None where there is none."""
+    """The tokenizer of a directory, with the methods of `Tokenizer`; None where there is none.
+
+    Raises `CorruptFile` for files that hold no tokenizer.
+    """
     if not any(path.glob("tokenizer*")):
         return None
-    found = _open(path, model_type)
-    if found is not None:
-        return found
-    from transformers import AutoTokenizer
+    try:
+        found = _open(path, model_type)
+        if found is not None:
+            return found
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except FewbitError:
+        raise
+    except Exception as error:  # the libraries raise just that for a file that they cannot read
+        raise CorruptFile(
+            f"{path}: the tokenizer's files are damaged ({first_line(error)}); "
+            "copy tokenizer.json and its configuration from the model"
+        ) from error
 
 
 def _open(path: Path, model_type: str) -> Tokenizer | None:
