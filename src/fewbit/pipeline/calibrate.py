@@ -50,6 +50,11 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+def _takes_autocast(dtype: torch.dtype) -> bool:
+    """Whether float32 products cannot take bfloat16 factors by PyTorch's setting for that: it needs AMX."""
+    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+
+
 @contextmanager
 def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """Inside, float32 products take bfloat16 factors, where `dtype` is that and there is AMX; sums stay float32.
@@ -58,7 +63,7 @@ def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    if dtype == torch.bfloat16 and not _takes_autocast(dtype):
         settings.fp32_precision = "bf16"
     try:
         yield
@@ -197,10 +202,9 @@ class LayerStream:
     def call_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The layer as it stands, differentiable where its weights are.
 
-        In bfloat16 without AMX it runs under autocast: there `bfloat16_products` does not make it faster.
+        In bfloat16 it runs under autocast where `bfloat16_products` does not make it faster.
         """
-        halved = self.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-        with torch.autocast("cpu", torch.bfloat16) if halved else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if _takes_autocast(self.dtype) else nullcontext():
             result = self.layers[index](hidden, **self._kwargs[hidden.shape[0]][index])
         return result[0] if isinstance(result, tuple) else result
 
@@ -245,8 +249,7 @@ def add_products(x: torch.Tensor, sums: torch.Tensor, dtype: torch.dtype) -> Non
     too, so a Hessian of rounded inputs is the true one.
     """
     native = load_native()
-    halved = dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-    if halved and native is not None and native.has_gram():
+    if _takes_autocast(dtype) and native is not None and native.has_gram():
         native.add_gram(x.contiguous(), sums)
         return
     with bfloat16_products(dtype):

@@ -1,4 +1,4 @@
-// Whether the machine has the instructions for X'X, and the Python face of it.
+// The Python face of X'X, and whether the machine has the instructions for it.
 #include "gram.hpp"
 
 #include "arguments.hpp"
