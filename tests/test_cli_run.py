@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,16 @@ def test_generate_streams_text_and_tells_the_speed(run, checkpoint):
     assert stdout.strip()
     assert "tokens/s" in stderr
     assert run(*arguments)[1] == stdout, "the seed decides"
+
+
+def test_the_summary_has_a_line_of_its_own_where_both_streams_go_to_one_file(checkpoint):
+    command = [sys.executable, "-c", "from fewbit.cli import main; main()", "generate", str(checkpoint)]
+    command += ["-p", "the quick", "--max-tokens", "4", "--temperature", "1", "--seed", "1"]
+    # As users have it: what is written waits in a buffer.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    found = subprocess.run(command, **both, env=env, text=True, check=True).stdout
+    assert re.match(r"\d+ tokens?, ", found.rstrip("\n").rpartition("\n")[2])
 
 
 def test_one_token_has_no_rate(run, checkpoint):

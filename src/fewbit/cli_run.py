@@ -57,7 +57,7 @@ def generate(
         if json_:
             print_json(result.to_json())
             return
-        print()
+        print(flush=True)  # before the line on stderr, where both go to one place
         drafts = engine.stats()
         checked = f"; {drafts['accepted_tokens_total']} of {drafts['drafted_tokens_total']} drafted tokens came true"
         stderr.print(request.summary() + (checked if draft else ""), soft_wrap=True)
