@@ -47,7 +47,7 @@ pip() {
     .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$@"
 }
 
-echo "Installing fewbit into .venv with $("$python" --version) (torch alone is some 200 MB)"
+echo "Installing fewbit into .venv with $("$python" --version) (some 2 GB; 6 GB where the package index has torch with CUDA)"
 # The build tools first: building without isolation keeps them, too, at the versions of constraints.txt.
 pip scikit-build-core nanobind cmake ninja
 pip --no-build-isolation -e '.[demo,serve,dev]'
