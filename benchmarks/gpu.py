@@ -119,9 +119,10 @@ def main() -> None:
     if "cuda" not in cpu.KERNEL_DEVICES:
         sys.exit("this needs an NVIDIA GPU, a CUDA build of torch and Triton: pip install 'fewbit[gpu]'")
     torch.manual_seed(0)
-    for name, (operator, arguments) in calls(160, 1536, 5, "cuda").items():
-        check(name, operator, arguments)
-        print(f"{name}: as the reference", flush=True)
+    for tokens in (5, 100, 300):  # a size of tile each
+        for name, (operator, arguments) in calls(160, 1536, tokens, "cuda").items():
+            check(name, operator, arguments)
+            print(f"{name}, {tokens} tokens: as the reference", flush=True)
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     rows_of_report = []
     for rows, cols in SHAPES:

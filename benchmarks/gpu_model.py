@@ -14,6 +14,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = (1, 8, 32, 128, 512)
+MOST = max(TOKENS)
 RANK = 128
 # The linears of LLaMA-3-8B: outputs, inputs, how many in the model.
 SHAPES = ((6144, 4096, 32), (4096, 4096, 32), (28672, 4096, 32), (4096, 14336, 32))
@@ -49,11 +50,12 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Method:
-    """Bytes per weight, the products' width, and the compiled loops by tokens in a tile (none: decoding is free)."""
+    """Bytes per weight, the products' width, and the compiled loops (none: decoding is free): up to how many tokens
+    each is used, tokens of its tile, its name."""
 
     bytes_per_weight: float
     int8: bool
-    loops: tuple[tuple[int, str], ...] = ()
+    loops: tuple[tuple[int, int, str], ...] = ()
     rank: int = 0
 
 
@@ -61,8 +63,10 @@ def methods(static: dict[str, Any]) -> dict[str, Method]:
     def size(name: str) -> float:
         return static[name]["80"]["bytes_per_weight"]
 
-    def loops(name: str) -> tuple[tuple[int, str], ...]:
-        return (16, f"gemv, {name}"), (64, f"gemm, {name}")
+    def loops(name: str) -> tuple[tuple[int, int, str], ...]:
+        few, many = (16, 16, f"gemv, {name}"), (64, f"gemm, {name}")
+        prompt = f"prompt, {name}"
+        return (few, (128, *many), (MOST, 256, prompt)) if prompt in static else (few, (MOST, *many))
 
     return {
         "fp16": Method(2.0, False),
@@ -86,7 +90,7 @@ def predict(card: Card, method: Method, tokens: int, static: dict[str, Any]) -> 
         "products": 2 * weights * tokens / (card.int8 if method.int8 else card.fp16),
     }
     if method.loops:
-        tile, name = method.loops[tokens > method.loops[0][0]]
+        tile, name = next(rest for limit, *rest in method.loops if tokens <= limit)
         each = static[name][str(card.arch)]["loop_instructions_per_weight"]
         limits["instructions"] = weights * each * -(-tokens // tile) / card.issue
     binding = max(limits, key=lambda limit: limits[limit])

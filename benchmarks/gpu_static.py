@@ -114,12 +114,12 @@ def twin(bits: int, tokens: int) -> Launch:
 
 
 def kernels() -> dict[str, Callable[[], Launch]]:
-    """Every kernel in every way it is used: one token, and many."""
+    """Every kernel in every way it is used: one token, many, and a prompt where that has tiles of its own."""
     found: dict[str, Callable[[], Launch]] = {}
     for kind in ("plain", "norm", "silu"):
         for bits in (8, 4):
             found[f"rotate_quantize, {kind}, {bits} bits"] = lambda kind=kind, bits=bits: rotate(kind, bits, 512)
-    for tokens, name in ((1, "gemv"), (512, "gemm")):
+    for tokens, name in ((1, "gemv"), (128, "gemm")):
         for bits in (2, 3, 4):
             found[f"{name}, trellis, {bits} bits"] = lambda b=bits, t=tokens: packed("tiles", b, t)
         for code in ("ternary", "iq3_s"):
@@ -131,6 +131,10 @@ def kernels() -> dict[str, Callable[[], Launch]]:
         found[f"{name}, inverse, iq3_s"] = lambda t=tokens: inverse("iq3_s", 3, t)
         for bits in (4, 8, 16):
             found[f"{name}, twin, W4A{bits}"] = lambda b=bits, t=tokens: twin(b, t)
+    for bits in (2, 3, 4):
+        found[f"prompt, trellis, {bits} bits"] = lambda b=bits: packed("tiles", b, 512)
+    found["prompt, ternary"] = lambda: packed("ternary", 3, 512)
+    found["prompt, int4"] = lambda: packed("nibbles", 4, 512)
     found["gemv, reduction"] = lambda: reduce(1)
     for bits in (4, 8):
         found[f"rotate_quantize with h, {bits} bits"] = lambda b=bits: folded(b, 512)

@@ -263,9 +263,9 @@ def gpu_static() -> str:
     shape = report["shape"]
     return markdown(header, lines) + (
         f"\nLeast and most over {names}; {shape['rows']} outputs, {shape['cols']} inputs, rank {shape['rank']}, gemv "
-        f"one token, gemm 512; thread instructions of the innermost loop per decoded weight; bytes: codes, scales. "
-        f"Triton {report['triton']}. Made by `benchmarks/gpu_static.py`; each architecture's own figures are in "
-        f"`benchmarks/results/gpu-static.json`.\n"
+        f"one token, gemm 128, prompt 512; thread instructions of the innermost loop per decoded weight; bytes: codes, "
+        f"scales. Triton {report['triton']}. Made by `benchmarks/gpu_static.py`; each architecture's own figures are "
+        f"in `benchmarks/results/gpu-static.json`.\n"
     )
 
 

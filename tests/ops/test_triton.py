@@ -164,7 +164,7 @@ MATRICES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize("tokens", [1, 5, 19, 131])
 @pytest.mark.parametrize(("name", "bits", "rows", "cols"), MATRICES)
 def test_products_are_the_references_bit_for_bit_where_groups_are_added_in_order(name, bits, rows, cols, tokens):
     matrix, group = stored(name, bits, rows, cols)

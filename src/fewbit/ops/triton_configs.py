@@ -26,7 +26,14 @@ class Config:
 CONFIGS: dict[str, tuple[tuple[int, tuple[Config, ...]], ...]] = {
     "packed": (
         (16, (Config(16, 64, 64, 4, 2), Config(16, 32, 64, 2, 2), Config(16, 128, 64, 8, 2))),
-        (1 << 31, (Config(64, 64, 64, 8, 2), Config(64, 128, 32, 8, 2), Config(128, 64, 64, 8, 2))),
+        (128, (Config(64, 64, 64, 8, 2), Config(64, 128, 32, 8, 2), Config(128, 64, 64, 8, 2))),
+        # Prompts: a weight is decoded once for 256 tokens.
+        (1 << 31, (Config(256, 64, 32, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 64, 8, 2))),
+    ),
+    # Points and signs of the grid take the registers that larger tiles would need.
+    "packed, iq3_s": (
+        (16, (Config(16, 64, 64, 4, 2), Config(16, 32, 64, 2, 2), Config(16, 128, 64, 8, 2))),
+        (1 << 31, (Config(64, 64, 64, 8, 2), Config(64, 128, 32, 8, 2))),
     ),
     "plain": (
         (16, (Config(16, 64, 64, 4, 2), Config(16, 32, 64, 2, 2))),

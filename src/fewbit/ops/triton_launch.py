@@ -134,7 +134,7 @@ def packed_linear(
     """The product of quantized inputs into `out [T, N]`; where K is split, a second launch adds the parts in order."""
     q, scale, sums = inputs
     (tokens, cols), (rows, groups) = q.shape, matrix.scales.shape
-    config = config or candidates("packed", tokens)[0]
+    config = config or candidates("packed, iq3_s" if matrix.code == "iq3_s" else "packed", tokens)[0]
     group = cols // groups
     split, each = splits(tokens, rows, groups, config)
     target = out if split == 1 else torch.empty(split, tokens, rows, dtype=torch.float32, device=q.device)
