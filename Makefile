@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-slow test-sanitize test-aarch64 test-gpu-static
+.PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static
 .PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
@@ -20,6 +20,9 @@ venv: $(STAMP)  ## Make .venv and install fewbit into it
 
 demo: $(STAMP)  ## Compress a real 135M model to 3 bits, measure it, generate with it
 	@$(BIN)/fewbit demo
+
+docs: $(STAMP)  ## Build the documentation's site into build/site
+	$(BIN)/mkdocs build --strict
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check

@@ -1,0 +1,41 @@
+"""The documentation's site builds without a warning, and asks nobody for anything."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out
+
+
+def test_every_page_of_the_docs_the_readme_and_the_changes_are_there(site):
+    names = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"changes", "reference"}
+    assert {path.parent.name for path in site.glob("*/index.html")} >= names
+    assert "Your own model" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_what_the_package_exports(site):
+    import fewbit
+
+    page = (site / "reference" / "index.html").read_text(encoding="utf-8")
+    for name in set(fewbit.__all__) - {"__version__"}:
+        assert re.search(rf'id="fewbit\.[\w.]*\.?{name}"', page), name
+
+
+def test_pages_load_nothing_from_elsewhere(site):
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\bsrc="(https?:[^"]+)"', text)
+        loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect|preload)"[^>]*href="(https?:[^"]+)"', text)
+        assert not loaded, f"{path}: {loaded}"
