@@ -123,7 +123,7 @@ def open_source(path: str | Path) -> Source:
 
     Raises `UsageError` when there is no such model, `CorruptFile` when its files contradict themselves.
     """
-    from fewbit.checkpoint.gguf_source import GgufSource
+    from fewbit.checkpoint.gguf_source import GgufSource, gguf_parts
 
     local = Path(path)
     if not local.exists():
@@ -135,7 +135,7 @@ def open_source(path: str | Path) -> Source:
     if (local / INDEX).is_file() or (local / SINGLE).is_file():
         return SafetensorsSource(local)
     files = sorted(local.glob("*.gguf"))
-    if len(files) == 1:
+    if files and files == gguf_parts(files[0]):
         return GgufSource(files[0])
     if files:
         raise UsageError(f"{local}: holds {len(files)} .gguf files; name one, for example {files[0]}")
