@@ -88,7 +88,7 @@ def test_eight_bits_change_logits_little(make, tmp_path):
 )  # fmt: skip
 def test_blocks_made_by_llama_cpp_are_near_the_weights(make_tiny, import_benchmark, tmp_path, kind, most):
     quantizers = import_benchmark("quantizers")
-    model = make_tiny("llama", hidden_size=256, intermediate_size=256)
+    model = make_tiny("llama", hidden_size=256, head_dim=64, intermediate_size=256)
 
     def encode(kind: str, matrix: np.ndarray) -> np.ndarray:
         # The smallest types are not made without an importance matrix.
