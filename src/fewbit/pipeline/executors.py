@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +23,7 @@ from fewbit.pipeline.jobs import RoundJob, round_tensor
 
 EXECUTORS = ("serial", "process", "ray")
 RETRIES = 3
+CONNECT_SECONDS = 10
 
 
 class Executor(Protocol):
@@ -108,8 +110,10 @@ class RayExecutor:
         )
         if self._started:
             try:
+                if address:
+                    _check_reachable(address)
                 ray.init(log_to_driver=False, **here)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise FewbitError(
                     f"no Ray cluster at {address} ({first_line(error)}); start one with ray start --head, and give its "
                     "address as --ray-address HOST:6379"
@@ -140,6 +144,13 @@ class RayExecutor:
     def close(self) -> None:
         if self._started:
             self._ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` where nothing listens; Ray itself would try for many minutes without a word."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _of_worker(job: RoundJob, cause: BaseException | None) -> FewbitError | None:
