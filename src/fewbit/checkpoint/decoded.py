@@ -196,7 +196,8 @@ def _changed(config: PretrainedConfig, model_type: str, without: tuple[str, ...]
     changed = AutoConfig.for_model(model_type, **{**known, "attention_bias": True})
     if hasattr(changed, "mlp_bias"):
         changed.mlp_bias = True
-    changed.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(changed)].__name__]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(changed)]
+    changed.architectures = [model_class.__name__]
     return changed
 
 
