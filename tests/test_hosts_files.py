@@ -89,7 +89,7 @@ def test_a_cluster_of_two_nodes_quantizes(tiny_models, calibration_text, tmp_pat
     try:
         for line in start.splitlines()[1:]:
             # In the foreground, so that this test ends what it began and nothing else.
-            command = shlex.split(line) + ["--block", "--num-cpus=1", "--disable-usage-stats"]
+            command = [*shlex.split(line), "--block", "--num-cpus=1", "--disable-usage-stats"]
             if "--head" in command:
                 command.append("--include-dashboard=false")
             started.append(subprocess.Popen(command, start_new_session=True, env=environment))

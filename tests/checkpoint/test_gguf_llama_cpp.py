@@ -52,7 +52,7 @@ def test_files_of_llama_cpp_give_the_model_its_tokenizer_and_a_checkpoint(
     ids = smollm2_tokenizer(wiki_eval[:2000], return_tensors="pt").input_ids
     with torch.no_grad():
         expected = load_plain(open_source(plain), torch.float32)(ids).logits
-        for kind, most in (("F16", 1e-3), ("Q8_0", 0.02), ("Q4_K_M", 0.2)):
+        for kind, most in (("F16", 1e-3), ("Q8_0", 0.05), ("Q4_K_M", 0.3)):
             source = open_source(made(kind))
             found = load_plain(source, torch.float32)(ids).logits
             assert (found - expected).norm() < most * expected.norm(), kind
