@@ -129,7 +129,7 @@ def tiny_model(kind: str, tied: bool = False, seed: int = 0, **changes):
     return model
 
 
-def mixture(kind: str, experts: int = 4, inner: int = 64):
+def mixture(kind: str, experts: int = 4, inner: int = 64, **changes):
     """A random two-layer mixture, float32, whose router is not indifferent."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -153,7 +153,7 @@ def mixture(kind: str, experts: int = 4, inner: int = 64):
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
-        **sizes,
+        **(sizes | changes),
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -173,7 +173,7 @@ def make_tiny():
 
 @pytest.fixture(scope="session")
 def make_mixture():
-    """The function `mixture(kind, experts=4, inner=64)`."""
+    """The function `mixture(kind, experts=4, inner=64, **changes)`, changes to the configuration."""
     return mixture
 
 

@@ -70,6 +70,7 @@ def quantize(
     tune_steps: o.TuneSteps = 0,
     executor: o.Executor = "serial",
     workers: o.Workers = None,
+    ray_address: o.RayAddress = None,
     work_dir: o.WorkDir = None,
     fresh: o.Fresh = False,
     json_: o.Json = False,
@@ -97,7 +98,7 @@ def quantize(
         act_bits=act_bits,
     )
     options = ablated(options, ablation)
-    placement = Placement(work_dir, executor, workers, fresh)
+    placement = Placement(work_dir, executor, workers, fresh, ray_address)
     texts = calib or (_default_calibration() if options.rounding == "ldlq" else [])
     if dry_run:
         _show_plan(model, out, options, texts, placement, json_)
@@ -226,6 +227,32 @@ def verify(
         )
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    path: o.AnyModel,
+    out: o.Out,
+    dtype: o.ExportDtype = "bfloat16",
+    shard_size: o.ShardSize = "5GB",
+    json_: o.Json = False,
+) -> None:
+    """Write a checkpoint, a .gguf file or any other model as plain safetensors that need no fewbit."""
+    from fewbit.checkpoint.export import export as run
+
+    with progress_bars() as bars:
+        result = run(path, out, dtype, parse_size(shard_size), bars)
+    if json_:
+        print_json(result.to_json())
+        return
+    stdout.print(
+        f"{result.output}: {human_bytes(result.bytes)} in {result.dtype}, {result.tensors} tensors, "
+        f"{result.weights / 1e6:.2f} M weights; {human_seconds(result.seconds)}, peak memory "
+        f"{human_bytes(result.peak_memory_bytes)}",
+        soft_wrap=True,
+    )
+    for note in result.notes:
+        stdout.print(f"Note: {note}", soft_wrap=True)
 
 
 @app.command("eval")

@@ -92,6 +92,13 @@ Workers = Annotated[
     int | None,
     typer.Option(help="Workers of that executor. Default: one per processor.", rich_help_panel=PLACE),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="The Ray cluster to work on, such as HOST:6379 or auto. Default: RAY_ADDRESS, or one started here.",
+        rich_help_panel=PLACE,
+    ),
+]
 WorkDir = Annotated[
     Path | None,
     typer.Option(help="Where the unfinished run lies. Default: hidden, beside OUT.", rich_help_panel=PLACE),
@@ -139,3 +146,5 @@ Draft = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+ExportDtype = Annotated[str, typer.Option("--dtype", help="Of the weights: bfloat16, float16 or float32.")]
+ShardSize = Annotated[str, typer.Option(help="A weight file takes no more than this, such as 2GB.")]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +163,110 @@ def test_ray_gives_the_serial_bytes_retries_a_killed_worker_and_passes_errors_on
             list(executor.run([RoundJob(jobs[0].work, jobs[0].name, "factor-7.safetensors")]))
     finally:
         executor.close()
+
+
+def test_an_address_without_ray_is_refused():
+    with pytest.raises(UsageError, match="--ray-address belongs to --executor ray, not to process"):
+        Placement(executor="process", ray_address="auto")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (FileNotFoundError(2, "No such file", "plan.json"), r"does not find plan\.json; every node must see"),
+        (ModuleNotFoundError("No module named 'fewbit'"), "install the same fewbit on every node"),
+    ],
+)
+def test_a_ray_worker_that_lacks_files_or_code_is_named_with_the_remedy(jobs, error, remedy):
+    found = executors._of_worker(jobs[0], error)
+    assert isinstance(found, FewbitError)
+    assert re.search(remedy, str(found))
+    assert jobs[0].name in str(found)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A Ray cluster of a head that does no work and two nodes of one processor each, all on this machine."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    yield cluster, {node.node_id: node for node in nodes}
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_in_flight_leaves_its_job_to_the_others(jobs, monkeypatch, two_nodes):
+    cluster, nodes = two_nodes
+    for job in jobs:
+        round_tensor(job)
+    expected = shards(jobs)
+    monkeypatch.setattr(executors, "round_tensor", hang_once)
+    executor = RayExecutor(2, cluster.address)
+    try:
+        results = executor.run(jobs)
+        pending = threading.Thread(target=lambda: found.extend(results))
+        found: list[dict] = []
+        pending.start()
+        marker = Path(jobs[0].work) / "hangs"
+        for _ in range(600):
+            if marker.exists() and marker.read_text():
+                break
+            time.sleep(0.2)
+        lost = marker.read_text()
+        cluster.remove_node(nodes[lost], allow_graceful=False)
+        pending.join(240)
+        assert [record["tensor"] for record in found] == [job.name for job in jobs]
+        assert shards(jobs) == expected
+        where = (Path(jobs[0].work) / "nodes").read_text().split()
+        assert lost in where
+        assert set(where) == set(nodes), "the first jobs go to both nodes"
+        assert where[-1] != lost
+    finally:
+        executor.close()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_cluster_gives_the_serial_bytes_and_leaves_the_cluster_running(
+    tiny_models, calibration_text, tmp_path, two_nodes
+):
+    import ray
+
+    cluster, _ = two_nodes
+    quantize(tiny_models["biased"], tmp_path / "serial", CALIBRATED, [calibration_text])
+    placement = Placement(work=tmp_path / "work", executor="ray", ray_address=cluster.address)
+    quantize(tiny_models["biased"], tmp_path / "cluster", CALIBRATED, [calibration_text], placement)
+    assert files_of(tmp_path / "cluster") == files_of(tmp_path / "serial")
+    assert not ray.is_initialized()
+    ray.init(address=cluster.address, log_to_driver=False)
+    assert sum(node["Alive"] for node in ray.nodes()) == 3
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_no_cluster_at_an_address_is_an_error_with_the_remedy():
+    pytest.importorskip("ray")
+    with pytest.raises(FewbitError, match=r"no Ray cluster at 127\.0\.0\.1:1 .*ray start --head"):
+        RayExecutor(1, "127.0.0.1:1")
+
+
+def hang_once(job: RoundJob) -> dict:
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    with (Path(job.work) / "nodes").open("a") as file:
+        file.write(f"{node}\n")
+    marker = Path(job.work) / "hangs"
+    try:
+        with marker.open("x") as file:
+            file.write(node)
+        time.sleep(600)
+    except FileExistsError:
+        pass
+    return round_tensor(job)
 
 
 def die_once(job: RoundJob) -> dict:

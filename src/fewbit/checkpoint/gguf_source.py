@@ -1,144 +1,222 @@
 """Reads a GGUF file as a full-precision model.
 
-Blocks are dequantized by the `gguf` package, configuration and tokenizer come through transformers. Only
-architectures that a family in `fewbit.models` names are read, and any tensor that has no place in the
-transformers model is an error.
+Blocks are dequantized by the `gguf` package, the tokenizer comes through transformers. Only architectures that a
+family in `fewbit.models` names are read, and any tensor that has no place in the transformers model is an error.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import gguf
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fewbit.checkpoint.source import Source, fingerprint_files, strip_quantization
+from fewbit.checkpoint.gguf_config import ROPE_FREQS, Metadata, read_config
+from fewbit.checkpoint.source import Source, fingerprint_files
 from fewbit.checkpoint.tensors import MAX_HEADER, first_line
 from fewbit.errors import CorruptFile, UsageError
-from fewbit.models import Family, families
+from fewbit.experts import separate_experts
+from fewbit.models import families, get_family
 
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a file, or the part of it that is one expert's."""
+
+    entry: Any
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        whole = tuple(self.entry.shape[::-1].tolist())
+        return whole if self.expert is None else whole[1:]
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        data = self.entry.data if self.expert is None else self.entry.data[self.expert]
+        return torch.tensor(gguf.dequantize(data[rows], self.entry.tensor_type), dtype=torch.float32)
 
 
 class GgufSource(Source):
-    """One GGUF file.
+    """One GGUF file, or the first of the parts that llama.cpp splits a large one into.
 
     The head is tied exactly when the file holds no `output.weight`. A file that stores the table twice,
     at two precisions, is taken at its word: embedding and head are then two tensors.
     """
 
     def __init__(self, file: Path) -> None:
-        self.path = file
-        check_header(file)
-        try:
-            reader = gguf.GGUFReader(file)
-            architecture = str(reader.fields["general.architecture"].contents())
-        except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise CorruptFile(f"{file}: {first_line(error)}; the file is damaged, download it again") from error
-        self._family = _family(file, architecture)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        if "rope_freqs.weight" in tensors:
-            raise UsageError(
-                f"{file}: scaled rotary frequencies (rope_freqs.weight) are stored as numbers, and the rule "
-                "behind them is not; give the model's Hugging Face directory"
-            )
-        if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
-            raise UsageError(f"{file}: one of several parts of a model; join them with llama-gguf-split --merge")
-        try:
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CorruptFile(f"{file}: no usable configuration ({first_line(error)}); download it again") from error
-        self.config = strip_quantization(config)
-        self._tensors = self._by_state_name(architecture, tensors)
+        self._files = gguf_parts(file)
+        self.path = self._files[0]
+        readers = [_open(part) for part in self._files]
+        metadata = _metadata(self.path, readers[0])
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        promised = int(metadata.whole("split.tensors.count", len(tensors)))
+        if int(metadata.whole("split.count", 0)) > len(self._files) or promised > len(tensors):
+            raise CorruptFile(f"{self.path}: one of several parts, and the others are not beside it; download them all")
+        for name, tensor in tensors.items():
+            if tensor.tensor_type not in readable_types():
+                known = ", ".join(kind.name for kind in readable_types())
+                raise UsageError(
+                    f"{self.path}: {name} has type {tensor.tensor_type.name}, which cannot be read: known are {known}; "
+                    "give a file of another type or the Hugging Face directory"
+                )
+        if "token_embd.weight" not in tensors:
+            raise CorruptFile(f"{self.path}: has no tensor token_embd.weight; download the file again")
+        rope = tensors.pop(ROPE_FREQS, None)
+        shapes = {name: _Stored(tensor).shape for name, tensor in tensors.items()}
+        self.config = read_config(metadata, shapes, None if rope is None else rope.data)
+        self._family = get_family(self.config.model_type)
+        self._tensors = self._by_state_name(metadata.architecture, {name: _Stored(t) for name, t in tensors.items()})
 
-    def _by_state_name(self, architecture: str, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Tensors of the file under the names of the transformers state dict, in its order."""
+    def _by_state_name(self, architecture: str, tensors: dict[str, _Stored]) -> dict[str, _Stored]:
+        """Tensors of the file under the names of the transformers state dict, in its order, experts one by one."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
+            separate_experts(model, self._family)
         # Configurations that come out of GGUF name no class; other hosts want one.
         self.config.architectures = [type(model).__name__]
         arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
         name_map = gguf.get_tensor_name_map(arch, self.config.num_hidden_layers)
-        found = {}
+        found, used = {}, set()
         for name, parameter in model.state_dict().items():
             if self.tied_embeddings and name == "lm_head.weight":
                 continue
-            module, _, suffix = name.rpartition(".")
-            stored = f"{name_map.get_name(module)}.{suffix}"
-            if stored not in tensors:
-                raise CorruptFile(f"{self.path}: has no tensor {stored} ({name}); download the file again")
-            found[name] = tensors.pop(stored)
-            if tuple(found[name].shape[::-1].tolist()) != tuple(parameter.shape):
+            stored, found[name] = self._stored(name, name_map, tensors)
+            used.add(stored)
+            if found[name].shape != tuple(parameter.shape):
                 raise CorruptFile(
-                    f"{self.path}: {stored} is {found[name].shape[::-1].tolist()}, the configuration says "
+                    f"{self.path}: {stored} is {list(found[name].shape)}, the configuration says "
                     f"{list(parameter.shape)}; download the file again"
                 )
-        if tensors:
-            raise UsageError(f"{self.path}: {min(tensors)} has no place in {type(model).__name__}; it would be lost")
+        if lost := tensors.keys() - used:
+            raise UsageError(f"{self.path}: {min(lost)} has no place in {type(model).__name__}; it would be lost")
         return found
+
+    def _stored(self, name: str, name_map: Any, tensors: dict[str, _Stored]) -> tuple[str, _Stored]:
+        """Where a tensor of the state dict lies, and its name there."""
+        module, _, suffix = name.rpartition(".")
+        experts = self._family.experts
+        within = experts and re.fullmatch(rf"(.*\.{re.escape(experts.module)})\.(\d+)\.(\w+)", module)
+        if not within:
+            stored = f"{name_map.get_name(module)}.{suffix}"
+            if stored in tensors:
+                return stored, tensors[stored]
+            raise CorruptFile(f"{self.path}: has no tensor {stored} ({name}); download the file again")
+        joined, number = f"{name_map.get_name(f'{within[1]}.{within[3]}')}.{suffix}", int(within[2])
+        if joined in tensors and len(tensors[joined].entry.shape) == 3 and number < tensors[joined].shape[0]:
+            return joined, _Stored(tensors[joined].entry, number)
+        # The first files with mixtures had a tensor per expert.
+        apart = joined.replace("_exps.", f".{number}.")
+        if apart in tensors:
+            return apart, tensors[apart]
+        raise CorruptFile(f"{self.path}: {joined} has no expert {number} ({name}); download the file again")
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def _entry(self, name: str) -> Any:
+    def _entry(self, name: str) -> _Stored:
         if name not in self._tensors:
             raise CorruptFile(f"{self.path}: has no tensor {name}")
         return self._tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entry(name).shape[::-1].tolist())
-
-    def _dequantize(self, name: str, rows: slice) -> torch.Tensor:
-        entry = self._entry(name)
-        try:
-            values = gguf.dequantize(entry.data[rows], entry.tensor_type)
-        except NotImplementedError as error:
-            raise UsageError(f"{self.path}: {name} has type {entry.tensor_type.name}, which cannot be read") from error
-        return torch.tensor(values, dtype=torch.float32)
+        return self._entry(name).shape
 
     def tensor(self, name: str) -> torch.Tensor:
-        weight = self._dequantize(name, slice(None))
+        weight = self._entry(name).rows(slice(None))
         for part, heads in (
             (".self_attn.q_proj.", self.config.num_attention_heads),
             (".self_attn.k_proj.", self.config.num_key_value_heads),
         ):
             if self._family.gguf_permuted and part in name:
                 weight = unpermute_rotary(weight, heads)
-        return weight
+        return weight - 1 if self._family.gguf_norms_plus_one and name.endswith("norm.weight") else weight
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if self._family.gguf_permuted and (".self_attn.q_proj." in name or ".self_attn.k_proj." in name):
+        entry = self._entry(name)
+        permuted = self._family.gguf_permuted and (".self_attn.q_proj." in name or ".self_attn.k_proj." in name)
+        if permuted or len(entry.shape) == 1:
             return self.tensor(name)[start:stop]
-        return self._dequantize(name, slice(start, stop))
+        return entry.rows(slice(start, stop))
 
     def fingerprint(self) -> str:
-        return fingerprint_files([self.path], self.config)
+        return fingerprint_files(self._files, self.config)
 
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
+        # A file without a vocabulary ends in whatever transformers looks for first.
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+            raise UsageError(
+                f"{self.path}: no usable tokenizer ({first_line(error)}); take a file that holds one, or give the "
+                "model's Hugging Face directory"
+            ) from error
 
     def copy_tokenizer(self, out_dir: str | Path) -> None:
         self.tokenizer().save_pretrained(out_dir)
         GenerationConfig.from_model_config(self.config).save_pretrained(out_dir)
 
 
+def gguf_parts(file: Path) -> list[Path]:
+    """All parts of a model, in order, of which `file` is one; raises `CorruptFile` for a part that is missing."""
+    part = _PART.fullmatch(file.name)
+    if part is None:
+        return [file]
+    files = [file.with_name(f"{part[1]}-{number:05d}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]
+    for other in (file, *files):
+        if not other.is_file():
+            raise CorruptFile(f"{other}: missing, one of {int(part[3])} parts of a model; download it too")
+    return files
+
+
+@functools.cache
+def readable_types() -> tuple[gguf.GGMLQuantizationType, ...]:
+    """The types of blocks that the installed `gguf` package decodes."""
+    found = []
+    for kind in gguf.GGMLQuantizationType:
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        found.append(kind)
+    return tuple(found)
+
+
+def _open(file: Path) -> gguf.GGUFReader:
+    check_header(file)
+    try:
+        return gguf.GGUFReader(file)
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise CorruptFile(f"{file}: {first_line(error)}; the file is damaged, download it again") from error
+
+
+def _metadata(file: Path, reader: gguf.GGUFReader) -> Metadata:
+    try:
+        metadata = Metadata(file, reader.fields)
+    except (ValueError, KeyError) as error:
+        raise CorruptFile(f"{file}: {first_line(error)}; the file is damaged, download it again") from error
+    known = sorted({name for family in families() for name in family.gguf_arch})
+    if metadata.architecture not in known:
+        raise UsageError(
+            f"{file}: GGUF architecture '{metadata.architecture}' is not read: known are {', '.join(known)}; give a "
+            "Hugging Face directory"
+        )
+    return metadata
+
+
 def unpermute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a query or key projection `[heads * dim, ...]` from interleaved to half-split rotary order."""
     return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-def _family(file: Path, architecture: str) -> Family:
-    for family in families():
-        if architecture in family.gguf_arch:
-            return family
-    known = ", ".join(sorted(name for family in families() for name in family.gguf_arch))
-    raise UsageError(
-        f"{file}: GGUF architecture '{architecture}' is not read: known are {known}; give a Hugging Face directory"
-    )
 
 
 def check_header(path: Path) -> int:

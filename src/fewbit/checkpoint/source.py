@@ -123,7 +123,7 @@ def open_source(path: str | Path) -> Source:
 
     Raises `UsageError` when there is no such model, `CorruptFile` when its files contradict themselves.
     """
-    from fewbit.checkpoint.gguf_source import GgufSource
+    from fewbit.checkpoint.gguf_source import GgufSource, gguf_parts
 
     local = Path(path)
     if not local.exists():
@@ -135,7 +135,7 @@ def open_source(path: str | Path) -> Source:
     if (local / INDEX).is_file() or (local / SINGLE).is_file():
         return SafetensorsSource(local)
     files = sorted(local.glob("*.gguf"))
-    if len(files) == 1:
+    if files and files == gguf_parts(files[0]):
         return GgufSource(files[0])
     if files:
         raise UsageError(f"{local}: holds {len(files)} .gguf files; name one, for example {files[0]}")
@@ -209,17 +209,27 @@ class SafetensorsSource(Source):
         return fingerprint_files([self.path / file for file in sorted(self._files)], self.config)
 
     def tokenizer(self) -> Any:
-        if not any(True for pattern in _TOKENIZER_FILES for _ in self.path.glob(pattern)):
-            raise UsageError(f"{self.path}: has no tokenizer files; copy them from the original model")
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        return load_tokenizer(self.path)
 
     def copy_tokenizer(self, out_dir: str | Path) -> None:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        for item in sorted(self.path.iterdir()):
-            if item.is_file() and any(fnmatch.fnmatch(item.name, pattern) for pattern in _COMPANION_FILES):
-                shutil.copyfile(item, Path(out_dir) / item.name)
+        copy_companions(self.path, Path(out_dir))
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Hugging Face directory; raises `UsageError` where it has none."""
+    if not any(True for pattern in _TOKENIZER_FILES for _ in directory.glob(pattern)):
+        raise UsageError(f"{directory}: has no tokenizer files; copy them from the original model")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def copy_companions(directory: Path, out_dir: Path) -> None:
+    """Copy the files of tokenizer, chat template and generation configuration."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for item in sorted(directory.iterdir()):
+        if item.is_file() and any(fnmatch.fnmatch(item.name, pattern) for pattern in _COMPANION_FILES):
+            shutil.copyfile(item, out_dir / item.name)
 
 
 def _entries(file: str, name: str, shape: tuple[int, ...], experts: Experts | None) -> dict[str, _Stored]:

@@ -67,7 +67,8 @@ class Family:
     """Where things are in a family's transformers implementation.
 
     In the names of `inputs` a `*` stands for the number of an expert. `gguf_arch` is the architecture name in
-    GGUF files; `gguf_permuted` says that query and key rows are stored there in the interleaved rotary order.
+    GGUF files; `gguf_permuted` says that query and key rows are stored there in the interleaved rotary order, and
+    `gguf_norms_plus_one` that norms are stored there with the 1 that the family's code adds to them.
     """
 
     model_types: tuple[str, ...]
@@ -79,6 +80,7 @@ class Family:
     experts: Experts | None = None
     gguf_arch: tuple[str, ...] = ()
     gguf_permuted: bool = False
+    gguf_norms_plus_one: bool = False
 
     def place(self, module: str) -> Place | None:
         """Where a module of a decoder layer is; None for everything else."""

@@ -15,5 +15,7 @@ GEMMA = register(
             SharedInput(("mlp.gate_proj", "mlp.up_proj")),
             SharedInput(("mlp.down_proj",), writes_residual=True, scaled_by="mlp.up_proj"),
         ),
+        gguf_arch=("gemma3",),
+        gguf_norms_plus_one=True,
     )
 )

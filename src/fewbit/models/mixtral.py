@@ -14,5 +14,7 @@ MIXTRAL = register(
                 (".w2.weight", ".down_proj.weight"),
             )
         ),
+        gguf_arch=("llama",),
+        gguf_permuted=True,
     )
 )

@@ -7,5 +7,6 @@ QWEN_MOE = register(
         model_types=("qwen3_moe",),
         inputs=(*MIXTURE_INPUTS, *LLAMA_INPUTS[2:]),
         experts=Experts(),
+        gguf_arch=("qwen3moe",),
     )
 )

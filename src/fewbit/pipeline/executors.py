@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,12 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
+from fewbit.checkpoint.tensors import first_line
 from fewbit.errors import FewbitError, UsageError
 from fewbit.ops.extension import load_native
 from fewbit.pipeline.jobs import RoundJob, round_tensor
 
 EXECUTORS = ("serial", "process", "ray")
 RETRIES = 3
+CONNECT_SECONDS = 10
 
 
 class Executor(Protocol):
@@ -87,52 +90,97 @@ def _use_threads(count: int) -> None:
 
 
 class RayExecutor:
-    """Tasks on a Ray cluster whose nodes see the model and the work directory under the same paths."""
+    """Tasks on a Ray cluster whose nodes see the model and the work directory under the same paths.
 
-    def __init__(self, workers: int) -> None:
+    `address` is that of a running cluster; without one, and without RAY_ADDRESS, a cluster of `workers` processes
+    starts on this machine and ends with this object.
+    """
+
+    def __init__(self, workers: int, address: str | None = None) -> None:
         try:
             import ray
         except ImportError as error:
             raise UsageError("the ray executor needs Ray; install it with: pip install 'fewbit[ray]'") from error
         self._ray = ray
         self._started = not ray.is_initialized()
+        address = address or os.environ.get("RAY_ADDRESS")
+        # Left to itself Ray would look for a cluster that somebody else has on this machine.
+        here = (
+            {"address": address} if address else {"address": "local", "num_cpus": workers, "include_dashboard": False}
+        )
         if self._started:
-            # RAY_ADDRESS names a cluster that is running; without it one starts here.
-            here: dict[str, Any] = (
-                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-            )
-            ray.init(log_to_driver=False, **here)
-        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(round_tensor)
+            try:
+                if address:
+                    _check_reachable(address)
+                ray.init(log_to_driver=False, **here)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise FewbitError(
+                    f"no Ray cluster at {address} ({first_line(error)}); start one with ray start --head, and give its "
+                    "address as --ray-address HOST:6379"
+                ) from error
+
+        def _on_one_thread(job: RoundJob) -> dict[str, Any]:
+            # A node runs as many tasks as it has processors.
+            _use_threads(1)
+            return round_tensor(job)
+
+        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_one_thread)
 
     def run(self, jobs: Sequence[RoundJob]) -> Iterator[dict[str, Any]]:
         for job, reference in [(job, self._task.remote(job)) for job in jobs]:
             try:
-                yield self._ray.get(reference)
+                record = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, FewbitError) else error from None
+                raise _of_worker(job, error.cause) or error from None
             except self._ray.exceptions.RayError as error:
                 raise FewbitError(
                     f"{job.name}: its Ray worker died {RETRIES + 1} times ({type(error).__name__}); memory may be "
                     "short. The run continues where it stopped"
                 ) from error
+            # A network file system may remember for a while that a shard was not there; listing makes it look again.
+            os.listdir(job.work)
+            yield record
 
     def close(self) -> None:
         if self._started:
             self._ray.shutdown()
 
 
-def check_executor(name: str, workers: int | None) -> None:
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` where nothing listens; Ray itself would try for many minutes without a word."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+
+
+def _of_worker(job: RoundJob, cause: BaseException | None) -> FewbitError | None:
+    """What a user can do about an error that a job raised on another machine, if anything."""
+    if isinstance(cause, FewbitError):
+        return cause
+    if isinstance(cause, FileNotFoundError):
+        return FewbitError(
+            f"{job.name}: a Ray worker does not find {cause.filename}; every node must see the model and the work "
+            "directory under the same paths: put both on shared storage"
+        )
+    if isinstance(cause, ImportError):
+        return FewbitError(f"{job.name}: {cause} on a Ray worker; install the same fewbit on every node")
+    return None
+
+
+def check_executor(name: str, workers: int | None, ray_address: str | None = None) -> None:
     """Raise `UsageError` for an executor that there is not, before any work is done for it."""
     if name not in EXECUTORS:
         raise UsageError(f"unknown executor '{name}': choose one of {', '.join(EXECUTORS)}")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
+    if ray_address and name != "ray":
+        raise UsageError(f"--ray-address belongs to --executor ray, not to {name}")
 
 
-def make_executor(name: str, workers: int | None = None) -> Executor:
+def make_executor(name: str, workers: int | None = None, ray_address: str | None = None) -> Executor:
     """The executor of that name; `workers` defaults to the processors of this machine."""
-    check_executor(name, workers)
+    check_executor(name, workers, ray_address)
     workers = workers or os.cpu_count() or 1
     if name == "serial":
         return SerialExecutor()
-    return ProcessExecutor(workers) if name == "process" else RayExecutor(workers)
+    return ProcessExecutor(workers) if name == "process" else RayExecutor(workers, ray_address)

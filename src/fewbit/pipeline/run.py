@@ -79,9 +79,10 @@ class Placement:
     executor: str = "serial"
     workers: int | None = None
     fresh: bool = False
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        check_executor(self.executor, self.workers)
+        check_executor(self.executor, self.workers, self.ray_address)
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def choose_bits(
     check_budget([sizes[unit] for unit in free], budget)
     earlier = earlier_plan(work)
     open_work(work, plan, {}, placement.fresh or (earlier is not None and earlier.identity != plan.identity))
-    executor = make_executor(placement.executor, placement.workers)
+    executor = make_executor(placement.executor, placement.workers, placement.ray_address)
     logged = Logged(progress, work / "log.jsonl")
     try:
         with torch.no_grad(), disk_errors(work):
@@ -222,7 +223,7 @@ def _quantize(
     ]
     check_space(work, output, plan, *tokens)
     open_work(work, plan, {"prediction": predict(plan, windows)}, placement.fresh, ("sensitivity",))
-    executor = make_executor(placement.executor, placement.workers)
+    executor = make_executor(placement.executor, placement.workers, placement.ray_address)
     logged = Logged(progress, work / "log.jsonl")
     try:
         with torch.no_grad(), disk_errors(work):
