@@ -137,7 +137,7 @@ class Plot:
         for value in self.x.ticks():
             x, _ = self.at(value, self.y.low)
             parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{frame.top}" y2="{frame.bottom}"/>')
-            parts.append(f'<text x="{x}" y="{frame.bottom + 17}" text-anchor="middle">{_tick(value)}</text>')
+            parts.append(f'<text x="{x}" y="{frame.bottom + 19}" text-anchor="middle">{_tick(value)}</text>')
         return parts
 
 

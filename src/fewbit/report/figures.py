@@ -76,12 +76,21 @@ def trade_svg(
     places = [plot.at(size, value) for size, value in zip(sizes, values, strict=True)]
     steps = _stairs([place for place, row in zip(places, points, strict=True) if row["name"] in front], frame)
     plot.path(steps, "front")
+    bars = []
     for row, size, value in zip(points, sizes, values, strict=True):
-        plot.dot(size, value, style_of(row), row["perplexity_stderr"] if score == "perplexity" else None)
+        spread = row["perplexity_stderr"] if score == "perplexity" else None
+        plot.dot(size, value, style_of(row), spread)
+        bars.append((plot.at(size, value + (spread or 0)), plot.at(size, max(plot.y.low, value - (spread or 0)))))
     inner = Box(frame.left + 2, frame.top, frame.right, frame.bottom - 2)
-    lines = [Box(min(x, u) - 1, min(y, v) - 1, max(x, u) + 1, max(y, v) + 1) for (x, y), (u, v) in pairwise(steps)]
-    _label(plot, places, [row["name"] for row in points], Surroundings(inner, tuple(obstacles), tuple(lines)))
+    lines = tuple(_thin(*ends) for ends in [*pairwise(steps), *bars])
+    _label(plot, places, [row["name"] for row in points], Surroundings(inner, tuple(obstacles), lines))
     return plot.svg()
+
+
+def _thin(one: tuple[float, float], other: tuple[float, float]) -> Box:
+    """The box of a line across or down."""
+    (x, y), (u, v) = one, other
+    return Box(min(x, u) - 1, min(y, v) - 1, max(x, u) + 1, max(y, v) + 1)
 
 
 def _label(plot: Plot, places: Sequence[tuple[float, float]], names: Sequence[str], around: Surroundings) -> None:
@@ -169,7 +178,7 @@ def _strip_axes(strip: _Strip) -> list[str]:
     marks = []
     for index, words in [
         *((index, str(layer)) for index, layer in enumerate(strip.layers) if index % every == 0),
-        *((~index, shorten(kind, 6)) for index, kind in enumerate(strip.kinds)),
+        *((~index, shorten(kind, 5)) for index, kind in enumerate(strip.kinds)),
     ]:
         is_kind = index < 0
         x, y = strip.corner(0, ~index) if is_kind else strip.corner(index, 0)

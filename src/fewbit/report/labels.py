@@ -5,6 +5,7 @@ Widths are estimated, generously, since the page's reader has the font and this 
 
 from __future__ import annotations
 
+import itertools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def width(words: str) -> float:
 
 
 def _share(char: str) -> float:
-    if unicodedata.east_asian_width(char) in "WF" or char in "WMm@%":
+    if unicodedata.east_asian_width(char) in "WF" or char in "WMm@%…":
         return 1.05
     if char in "iljtfrI.,:;'|!()[] -/":
         return 0.45
@@ -70,6 +71,25 @@ def shorten(words: str, limit: int) -> str:
         return words
     tail = (limit - 1) * 3 // 5
     return f"{words[: limit - 1 - tail]}…{words[len(words) - tail :]}"
+
+
+def shorten_all(names: Sequence[str], limit: int) -> list[str]:
+    """Names of at most `limit` characters; where one is longer, all lose what they begin and end with alike."""
+    if max(map(len, names)) <= limit:
+        return list(names)
+    head = _shared(names)
+    tail = _shared([name[head:][::-1] for name in names])
+    cut = [f"{'…' * bool(head)}{name[head : len(name) - tail]}{'…' * bool(tail)}" for name in names]
+    return [shorten(words, limit) for words in cut]
+
+
+def _shared(names: Sequence[str]) -> int:
+    """How many characters all of several names begin with; none where an ellipsis in their place is no shorter."""
+    if len(set(names)) < 2:
+        return 0
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    count = sum(1 for _ in columns)
+    return count if count > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -93,8 +113,10 @@ class Surroundings:
 def place(points: Sequence[tuple[float, float]], names: Sequence[str], around: Surroundings) -> list[Label | None]:
     """A label for every point, near it; None for points in a crowd that leaves no room at all."""
     labels: list[Label | None] = []
+    if not points:
+        return labels
     for limit in LIMITS:
-        labels = _place(points, [shorten(name, limit) for name in names], around)
+        labels = _place(points, shorten_all(names, limit), around)
         if all(labels):
             break
     return labels
