@@ -70,13 +70,13 @@ def trade_svg(
     level = [reference[score]] if reference is not None else []
     words = f"Size against {title}, one point per model; the table below has the figures"
     plot = Plot(_size_axis(sizes, name), _score_axis([*values, *level], title), words, frame)
-    obstacles = []
+    obstacles, bars = [], []
     if reference is not None:
         obstacles.append(_level(plot, reference[score], f"reference: {reference[score]:.4g}"))
+        bars.append((plot.at(plot.x.low, reference[score]), plot.at(plot.x.high, reference[score])))
     places = [plot.at(size, value) for size, value in zip(sizes, values, strict=True)]
     steps = _stairs([place for place, row in zip(places, points, strict=True) if row["name"] in front], frame)
     plot.path(steps, "front")
-    bars = []
     for row, size, value in zip(points, sizes, values, strict=True):
         spread = row["perplexity_stderr"] if score == "perplexity" else None
         plot.dot(size, value, style_of(row), spread)

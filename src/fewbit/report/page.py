@@ -83,10 +83,13 @@ def _strip(row: Mapping[str, Any]) -> dict[str, Any]:
     """A heat strip, the same in words, and the legend of the bits that occur."""
     bits = row["checkpoint"]["bits"]
     values = sorted({value for series in bits.values() for _, value in series})
+    kinds: dict[str, list[str]] = {}
+    for kind, series in bits.items():
+        kinds.setdefault("; ".join(_run_words(value, runs) for value, runs in ranges(series)), []).append(kind)
     return {
         "row": row,
         "figure": figures.both(partial(figures.bits_svg, bits, row["name"])),
-        "words": {kind: "; ".join(_run_words(value, runs) for value, runs in ranges(s)) for kind, s in bits.items()},
+        "words": {", ".join(alike): words for words, alike in kinds.items()},
         "legend": {figures.bits_class(value): _bits(value) for value in values},
         "tables": _tables(row),
     }
@@ -94,8 +97,8 @@ def _strip(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run_words(value: float, runs: Sequence[tuple[int, int]]) -> str:
     spans = ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in runs)
-    return f"{_bits(value)} in layers {spans}" if runs[0] != runs[-1] or runs[0][0] != runs[0][1] else (
-        f"{_bits(value)} in layer {spans}")  # fmt: skip
+    one = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"{_bits(value)} in layer{'' if one else 's'} {spans}"
 
 
 def _bits(value: float) -> str:
