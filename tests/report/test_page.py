@@ -326,6 +326,14 @@ def test_dark_readers_get_a_dark_page(look, report):
     assert grounds == ["rgb(255, 255, 255)", "rgb(20, 23, 27)"]
 
 
+def test_a_sheet_of_paper_is_wide_enough(look, report):
+    page = look(render_report(report), 700, "light")
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    assert page.evaluate("getComputedStyle(document.querySelector('.cards td')).display") == "table-cell"
+    assert page.evaluate(OVERLAPS) == []
+
+
 def test_tables_keep_their_roles_and_their_headings_as_cards_on_a_phone(look, report):
     page = look(render_report(report), 390, "light")
     table = page.get_by_role("table", name="Size, quality and speed of every model")
