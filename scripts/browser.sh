@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs Chromium, in which the chat page is tested, where apt-get can; without one those tests are skipped.
+# Installs Chromium, in which pages are tested, where apt-get can; without one those tests are skipped.
 set -eu
 
 fail() {
@@ -12,5 +12,5 @@ for name in chromium chromium-browser google-chrome; do
     ! command -v "$name" >/dev/null || exit 0
 done
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    (install_missing chromium fonts-dejavu-core) || echo "browser: no Chromium; the tests of the chat page are skipped" >&2
+    (install_missing chromium fonts-dejavu-core) || echo "browser: no Chromium; the tests of pages are skipped" >&2
 fi

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -236,3 +237,17 @@ def calibration_text(tmp_path_factory) -> Path:
     words = ("the", "quick", "model", "reads", "many", "words", "and", "forgets", "most", "of", "them")
     path.write_text(" ".join(words[(7 * i * i + i) % len(words)] for i in range(2000)))
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium through playwright, for pages that are looked at; tests are skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on the path (apt-get install chromium)")
+    with sync_api.sync_playwright() as driver:
+        # Chromium refuses to sandbox itself as root; the pages are the tests' own.
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

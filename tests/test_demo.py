@@ -10,23 +10,10 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-import torch
 
-from fewbit.demo import (
-    DemoSettings,
-    density,
-    errors_by_kind,
-    is_from_plan,
-    kurtosis,
-    run_demo,
-    speeds,
-    tails,
-    unit_groups,
-)
-from fewbit.demo_page import Axis, errors_svg, histogram_svg, printable, render_page, trade_svg
+from fewbit.demo import DemoSettings, is_from_plan, run_demo, speeds
+from fewbit.demo_page import render_page, trade_svg
 from fewbit.errors import UsageError
-from fewbit.formats import get_format
-from fewbit.pipeline.plan import PlannedTensor
 
 HOSTILE = "</p><script>alert('x')</script>&amp;\x1b[31m<img src=x onerror=y>"
 
@@ -135,23 +122,10 @@ def test_page_escapes_everything_that_comes_from_a_model(report):
     assert svgs(page)
 
 
-def test_printable_keeps_text_and_drops_control_characters():
-    assert printable("Grüße,\n世界") == "Grüße,\n世界"
-    assert printable("a\x1b[31m\x07b") == "a\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}b"
-
-
 def test_page_of_a_single_window_has_no_standard_error(report):
     for row in report["rows"]:
         row["perplexity_stderr"] = None
     assert "&#177; 0" not in render_page(report)
-
-
-@pytest.mark.parametrize(("low", "high", "log"), [(0, 1, False), (0, 29, False), (15, 600, True), (1e-5, 1, True)])
-def test_ticks_are_few_and_inside_the_axis(low, high, log):
-    ticks = Axis("x", low, high, log).ticks()
-    assert 3 <= len(ticks) <= 9
-    assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
-    assert ticks == sorted(ticks)
 
 
 def test_trade_figure_keeps_labels_of_close_points_apart(report):
@@ -161,67 +135,6 @@ def test_trade_figure_keeps_labels_of_close_points_apart(report):
     heights = sorted(y for x, y in found if x < 240)
     assert len(heights) == 3
     assert all(later - earlier >= 15 for earlier, later in itertools.pairwise(heights))
-
-
-def test_histogram_figure_leaves_out_empty_bins(report):
-    lines = [
-        node
-        for node in ElementTree.fromstring(histogram_svg(report["histogram"])).iter()
-        if node.tag.endswith("polyline") and node.get("class") == "line c1"
-    ]
-    assert len(lines) == 1
-    assert len(lines[0].get("points", "").split()) == 8
-
-
-def test_error_figure_draws_one_line_for_each_kind(report):
-    svg = errors_svg(report["errors"])
-    assert svg.count("<polyline") == 2
-    ElementTree.fromstring(svg)
-    ElementTree.fromstring(errors_svg({}))
-
-
-def test_density_integrates_to_the_share_inside_the_range():
-    values = torch.tensor([-3.0, -0.5, 0.5, 0.6, 100.0])
-    assert sum(density(values, edge=4.0, bins=8)) == pytest.approx(4 / 5)
-
-
-def test_kurtosis_of_known_distributions():
-    generator = torch.Generator().manual_seed(0)
-    assert kurtosis(torch.randn(200_000, generator=generator)) == pytest.approx(3.0, abs=0.1)
-    assert kurtosis(torch.tensor([-1.0, 1.0])) == pytest.approx(1.0)
-
-
-def test_unit_groups_have_mean_square_one_and_survive_zeros():
-    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
-    weight[2] = 0
-    squares = unit_groups(weight, 32).square().view(4, 2, 32).mean(-1)
-    assert torch.allclose(squares[[0, 1, 3]], torch.ones(3, 2))
-    assert (squares[2] == 0).all()
-
-
-def test_rotation_makes_outliers_normal_and_lowers_the_error():
-    spec = get_format("ternary").spec(64, 256, 3)
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
-    weight[:, 17] *= 12
-    found = tails(PlannedTensor("layer.weight", (64, 256), "body", 0, spec, "0.0"), weight)
-    assert found["kurtosis_before"] > 10
-    assert abs(found["kurtosis_after"] - 3) < 0.5
-    assert found["error_after"] < found["error_before"]
-    assert len(found["centers"]) == len(found["before"]) == len(found["after"])
-
-
-def test_errors_are_grouped_by_kind_and_ordered_by_layer():
-    def entry(name: str, kind: str, error: float) -> dict:
-        return {"name": name, "kind": kind, "format": "trellis", "relative_error": error}
-
-    tensors = [
-        entry("model.layers.10.mlp.up_proj.weight", "body", 0.3),
-        entry("model.layers.2.mlp.up_proj.weight", "body", 0.2),
-        entry("model.layers.2.self_attn.q_proj.weight", "body", 0.1),
-        entry("model.embed_tokens.weight", "embed", 0.5),
-        {"name": "model.layers.2.input_layernorm.weight", "kind": "plain", "format": ""},
-    ]
-    assert errors_by_kind(tensors) == {"up": [(2, 0.2), (10, 0.3)], "q": [(2, 0.1)]}
 
 
 def test_speed_is_tokens_over_time_not_the_mean_of_rates():

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fewbit import __version__, cli_run
 from fewbit import cli_options as o
+from fewbit.cli_inputs import load_model, read_text
 from fewbit.console import (
     bits_table,
     human_bytes,
@@ -28,6 +29,7 @@ from fewbit.console import (
     table,
 )
 from fewbit.errors import FewbitError, UsageError
+from fewbit.report.command import report
 from fewbit.serve.command import serve
 
 if TYPE_CHECKING:
@@ -268,9 +270,9 @@ def eval_(
     """Perplexity of a model on a text, and its divergence from a reference model."""
     from fewbit.evaluate import evaluate
 
-    content = _read_text(text)
-    model, tokenizer = _load(path, dtype)
-    full = _load(reference, dtype)[0] if reference else None
+    content = read_text(text)
+    model, tokenizer = load_model(path, dtype)
+    full = load_model(reference, dtype)[0] if reference else None
     with progress_bars() as bars:
         result = evaluate(
             model, tokenizer, content, full, window=window, tokens=tokens, progress=bars.count("evaluating")
@@ -298,37 +300,10 @@ def _plus_minus(value: float, error: float | None) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
 
 
-def _read_text(path: Path | None) -> str:
-    if path is None:
-        from fewbit.assets import fetch_text
-
-        with progress_bars() as bars:
-            path = fetch_text("wiki.eval", progress=bars.fetch)
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist; give a UTF-8 text file") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{path} is a directory; give a UTF-8 text file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text ({error.reason})") from error
-
-
-def _load(path: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
-    import torch
-    from transformers.utils import logging
-
-    from fewbit.loading import load_any
-
-    if dtype not in ("bfloat16", "float32"):
-        raise UsageError(f"unknown dtype '{dtype}': choose bfloat16 or float32")
-    logging.disable_progress_bar()
-    return load_any(path, getattr(torch, dtype))
-
-
 app.command()(cli_run.generate)
 app.command()(cli_run.chat)
 app.command()(cli_run.bench)
+app.command()(report)
 
 
 @app.command()

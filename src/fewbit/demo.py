@@ -5,8 +5,6 @@ Everything is left in one directory: the three checkpoints, `demo.json` with all
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +20,18 @@ from fewbit.checkpoint.artifact import Artifact, is_artifact
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import disk_errors, write_json
 from fewbit.console import human_bytes, human_seconds, plan_table, progress_bars, stderr, stdout, table
-from fewbit.demo_page import printable, render_page
+from fewbit.demo_page import render_page
+from fewbit.drawing import printable
 from fewbit.environment import environment
 from fewbit.errors import UsageError
 from fewbit.evaluate import EvalResult, evaluate_many
-from fewbit.formats import group_format
+from fewbit.evaluate.tails import RotatedLayer, heaviest_tails, rounding_errors, tails
 from fewbit.loading import load, load_any
-from fewbit.math.hadamard import random_signs, rotate
-from fewbit.math.rounding import quantize_rotated
+from fewbit.math.hadamard import random_signs
 from fewbit.pipeline.options import QuantizeOptions
-from fewbit.pipeline.plan import Plan, PlannedTensor
+from fewbit.pipeline.plan import Plan
 from fewbit.pipeline.run import Placement, prepare, quantize
+from fewbit.report.record import errors_by_kind
 from fewbit.runtime.engine import Engine
 from fewbit.runtime.sampling import SamplingParams
 
@@ -45,7 +44,6 @@ _LABELS = {
     "ternary": "ternary (control)",
 }
 _STYLES = {"full": "c4", "trellis": "c2", "iq3_s": "c3", "ternary": "c1"}
-_HISTOGRAM_EDGE, _HISTOGRAM_BINS = 8.0, 81
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None 
     with stages.stage("generate", "The same prompts for the full model and for the 3-bit one."):
         texts = _generate({"full": model, PRODUCT: paths[PRODUCT]}, settings)
     with stages.stage("look inside", "The layer with the heaviest tails, before and after its rotation."):
-        histogram = heaviest_tails(source, plan)
+        histogram = _heaviest(source, plan)
     records = {code: Artifact.open(path) for code, path in paths.items()}
     report = {
         "model": _model_facts(settings, source, plan, calibration),
@@ -297,68 +295,17 @@ _CONDITIONS = ("tokens", "window", "stride", "bos", "text_sha256")
 _SCORES = ("perplexity", "perplexity_stderr", "kl_mean", "kl_p99", "top1_agreement", "bits_per_char")
 
 
-def errors_by_kind(tensors: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Relative errors out of a checkpoint's record: for every kind of linear its (layer, error), in order."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for entry in tensors:
-        match = re.search(r"\.(\d+)\.(?:.*\.)?(\w+)\.weight$", entry["name"])
-        if entry["kind"] == "body" and entry["format"] and match:
-            found.setdefault(match[2].removesuffix("_proj"), []).append((int(match[1]), entry["relative_error"]))
-    return {kind: sorted(series) for kind, series in found.items()}
-
-
-def unit_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """`[N, K]` with every run of `group` inputs of a row divided by its root mean square (zeros stay zeros)."""
-    grouped = weight.float().view(weight.shape[0], -1, group)
-    return (grouped / grouped.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)).view(weight.shape)
-
-
-def kurtosis(values: torch.Tensor) -> float:
-    """Fourth moment over squared second moment: 3 for a normal distribution, more for heavier tails."""
-    centred = (values - values.mean()).double()
-    return float(centred.pow(4).mean() / centred.square().mean().square().clamp_min(1e-300))
-
-
-def density(values: torch.Tensor, edge: float = _HISTOGRAM_EDGE, bins: int = _HISTOGRAM_BINS) -> list[float]:
-    """Share of the values per unit of width in `bins` equal bins over [-edge, edge]; those outside count too."""
-    counts = torch.histc(values.float(), bins=bins, min=-edge, max=edge)
-    return (counts.double() / values.numel() / (2 * edge / bins)).tolist()
-
-
-def heaviest_tails(source: Source, plan: Plan) -> dict[str, Any]:
+def _heaviest(source: Source, plan: Plan) -> dict[str, Any]:
     """The layer of the highest kurtosis: densities before and after rotation, and its error in both domains."""
-    body = [tensor for tensor in plan.quantized if tensor.kind == "body" and tensor.spec]
-    worst, highest = body[0], -math.inf
+    layers = [
+        RotatedLayer(tensor.name, tensor.spec, random_signs(tensor.spec.cols, tensor.signs_seed))
+        for tensor in plan.quantized
+        if tensor.kind == "body" and tensor.spec
+    ]
     with progress_bars() as bars:
-        bars.stage("reading layers", len(body))
-        for tensor in body:
-            assert tensor.spec is not None
-            found = kurtosis(unit_groups(source.tensor(tensor.name), tensor.spec.group))
-            if found > highest:
-                worst, highest = tensor, found
-            bars.advance()
-    return tails(worst, source.tensor(worst.name))
-
-
-@torch.inference_mode()
-def tails(tensor: PlannedTensor, weight: torch.Tensor) -> dict[str, Any]:
-    """Histogram, kurtosis and error without feedback of one layer's `weight [N, K]`, plain and rotated."""
-    spec = tensor.spec
-    assert spec is not None
-    rotated = rotate(weight, random_signs(spec.cols, tensor.signs_seed), spec.block)
-    forms = {"before": unit_groups(weight, spec.group), "after": unit_groups(rotated, spec.group)}
-    width = 2 * _HISTOGRAM_EDGE / _HISTOGRAM_BINS
-    fmt = group_format(spec.format)
-    return {
-        "tensor": tensor.name,
-        "block": spec.block,
-        "group": spec.group,
-        "centers": [-_HISTOGRAM_EDGE + width * (index + 0.5) for index in range(_HISTOGRAM_BINS)],
-        **{name: density(values) for name, values in forms.items()},
-        **{f"kurtosis_{name}": kurtosis(values) for name, values in forms.items()},
-        "error_before": quantize_rotated(fmt, weight, spec).relative_error,
-        "error_after": quantize_rotated(fmt, rotated, spec).relative_error,
-    }
+        layer = heaviest_tails(source, layers, bars.count("reading layers"))
+    weight = source.tensor(layer.name)
+    return {**tails(layer, weight), **rounding_errors(layer, weight)}
 
 
 def _conclude(report: dict[str, Any]) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 
 import pytest
 
 from fewbit.serve.settings import Settings
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (apt-get install chromium)")
 
 HOSTILE = """<script>window.hit = 1</script><img src=x onerror="window.hit = 2"> <svg onload="window.hit = 3">
 [one](javascript:window.hit=4) [two](JaVaScRiPt:window.hit=5) [three](data:text/html,<script>window.hit=6</script>)
@@ -43,15 +38,6 @@ A *soft* and a **loud** word, `code`, and [a place](https://example.org/).
 print("hi")
 ```
 end of 2 * 3 * 4 and snake_case_name"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as driver:
-        # Chromium refuses to sandbox itself as root; the pages are this test's own.
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
