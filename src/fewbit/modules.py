@@ -69,6 +69,11 @@ class PackedTensor(nn.Module):
         self._gpu = ()
         return self
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The first stored part, under the name by which PEFT asks a quantized layer for its device."""
+        return self._buffers[self._part_names[0]]  # type: ignore[return-value]
+
     def place(self) -> None:
         """Move the codes to where and how this machine multiplies them fastest; a second call changes nothing."""
         if self._on_gpu():
@@ -78,7 +83,7 @@ class PackedTensor(nn.Module):
 
     def _on_gpu(self) -> bool:
         """Whether a graphics processor that has kernels for this format holds the parts."""
-        device = self._buffers[self._part_names[0]].device.type  # type: ignore[union-attr]
+        device = self.qweight.device.type
         return device != "cpu" and device in KERNEL_DEVICES and self.spec.format in GPU_FORMATS
 
     def gpu_matrices(self) -> tuple[GpuMatrix, ...]:
@@ -215,15 +220,29 @@ class FewbitLinear(PackedTensor):
 
 
 class FewbitEmbedding(PackedTensor):
-    """Looks rows up in a packed table `[N, K]`; ids `[...]` give `[..., K]` in `dtype`."""
+    """Looks rows up in a packed table `[N, K]`; ids `[...]` give `[..., K]` in `dtype`.
+
+    Called with `as_head` it is a tied output head instead: hidden states `[..., K]` give logits `[..., N]`.
+    """
 
     def __init__(self, description: QuantizedModule, dtype: torch.dtype, multiplier: float = 1.0) -> None:
         super().__init__(description)
         self.dtype = dtype
         self.multiplier = multiplier
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        unique, inverse = torch.unique(ids, return_inverse=True)
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Follow `.to(dtype)` although the parts do not: what is looked up has the dtype of the rest of the model."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, ids: torch.Tensor, as_head: bool = False) -> torch.Tensor:
+        if as_head:
+            return self.product(ids, None)
+        if torch.compiler.is_compiling() or ids.is_meta:
+            # How many different ids there are is not known there; one row per place is decoded.
+            unique, inverse = ids.reshape(-1), torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        else:
+            unique, inverse = torch.unique(ids, return_inverse=True)
         rows = self.rotated_rows(unique)
         if self.spec.block > 1:
             rows = unrotate(rows, unpack_signs(self.signs, self.spec.cols), self.spec.block)
@@ -257,5 +276,5 @@ class TiedHead(nn.Module):
         self.out_features = table.spec.rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        table: FewbitEmbedding = self.table  # type: ignore[assignment]
-        return table.product(x, None)
+        # By a call, since accelerate may have to fetch the table first.
+        return self.table(x, as_head=True)  # type: ignore[no-any-return, operator]
