@@ -29,6 +29,10 @@ class FewbitLoraLinear(Linear):
         _check(config)
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        # PEFT's own finds them, too, but warns of a kind of layer that it does not know.
+        return module.in_features, module.out_features  # type: ignore[return-value]
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add a further adapter to the layer."""
         _check(config)
@@ -37,8 +41,8 @@ class FewbitLoraLinear(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises: the sum of packed weights and an adapter would have to be rounded again."""
         raise UsageError(
-            "an adapter cannot be merged into packed weights; keep it beside them (save_pretrained writes it alone), or "
-            "merge it into the full model and run: fewbit quantize"
+            "an adapter cannot be merged into packed weights; keep it beside them (save_pretrained writes it alone), "
+            "or merge it into the full model and run: fewbit quantize"
         )
 
 
@@ -47,7 +51,9 @@ def _check(config: Any) -> None:
     reads_weight = {"use_dora": config.use_dora, "kasa_config": getattr(config, "kasa_config", None)}
     for option, value in reads_weight.items():
         if value:
-            raise UsageError(f"{option} reads and changes the plain weight, which a packed linear does not have; use LoRA")
+            raise UsageError(
+                f"{option} reads and changes the plain weight, which a packed linear does not have; use LoRA"
+            )
     start = config.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "eva"):
         raise UsageError(

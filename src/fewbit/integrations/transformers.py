@@ -47,7 +47,7 @@ class FewbitQuantizer(HfQuantizer):
     _record: dict[str, Any] | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Not about attention: of what transformers calls before it looks for files, this is given the configuration."""
+        """Not about attention: this is what transformers shows the configuration to before it looks for files."""
         if getattr(config, "transformers_weights", None) == IMPORT_FIRST:
             del config.transformers_weights
         return config

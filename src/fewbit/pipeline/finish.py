@@ -170,8 +170,8 @@ def _named(plan: Plan) -> str:
 def _card(plan: Plan) -> str:
     bits = plan.bits_per_weight("body")
     return (
-        "**Load this with `fewbit.load(path)`, or `import fewbit` before `from_pretrained`; without fewbit, transformers "
-        f"asks for `{IMPORT_FIRST}`, a file that is not there.**\n\n"
+        "**Load this with `fewbit.load(path)`, or `import fewbit` before `from_pretrained`; without fewbit, "
+        f"transformers asks for `{IMPORT_FIRST}`, a file that is not there.**\n\n"
         f"Compressed by fewbit {__version__} from a `{plan.model_type}` model: {_named(plan)}, "
         f"{bits:.3f} bits per weight in the decoder layers, {plan.bits_per_weight():.3f} over everything. "
         "`fewbit.json` lists every tensor with its error.\n"
