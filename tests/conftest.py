@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -47,6 +49,42 @@ def run(capfd, monkeypatch):
         return code, out, err
 
     return run_command
+
+
+@pytest.fixture
+def host_section(run, monkeypatch, tmp_path):
+    """Runs a section of docs/hosts.md: `host_section("PEFT", OUT=path, ...)`.
+
+    Its Python blocks run one after another in one namespace, which comes back, its shell lines that call fewbit in this
+    process; files are written to a temporary directory. Names such as OUT stand for the paths given. With `languages`
+    only blocks of these run; `only` gives the texts instead.
+    """
+
+    def run_section(title, languages=("python", "sh"), only=False, **places):
+        page = (BENCHMARKS.parent / "docs" / "hosts.md").read_text(encoding="utf-8")
+        section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        monkeypatch.chdir(tmp_path)
+        namespace: dict = {"__name__": "example"}
+        texts = []
+        for language, body in re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+            for name, path in places.items():
+                body = re.sub(rf"\b{name}\b", str(path), body)
+            if language not in languages:
+                continue
+            texts.append(body)
+            if only:
+                continue
+            if language == "python":
+                exec(compile(body, f"hosts.md, {title}", "exec", dont_inherit=True), namespace)
+            for line in body.splitlines() if language == "sh" else ():
+                assert line.startswith("fewbit "), line
+                code, out, err = run(*shlex.split(line)[1:])
+                assert code == 0, err
+                namespace.setdefault("printed", []).append(out)
+        assert texts, f"the section {title} has no blocks"
+        return texts if only else namespace
+
+    return run_section
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """fewbit compresses language models to 3 and 4 bits and runs them fast.
 
 `fewbit.quantize` makes a checkpoint, `fewbit.Engine` generates text with it, and `fewbit.load` gives it back as a
-transformers model. Importing the package makes transformers know the format.
+transformers model. Importing the package makes transformers and PEFT know the format.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fewbit.integrations.on_import import register_with_transformers
+from fewbit.integrations.on_import import register_with_hosts
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _PUBLIC = {
 
 __all__ = ["Engine", "QuantizeOptions", "SamplingParams", "__version__", "load", "quantize"]
 
-register_with_transformers()
+register_with_hosts()
 
 
 def __getattr__(name: str) -> Any:

@@ -265,9 +265,17 @@ def eval_(
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate.")] = 20480,
     dtype: Annotated[str, typer.Option(help="Activations: bfloat16 or float32.")] = "bfloat16",
+    tasks: o.Tasks = "",
+    limit: o.Limit = None,
+    include_path: o.IncludePath = None,
     json_: o.Json = False,
 ) -> None:
-    """Perplexity of a model on a text, and its divergence from a reference model."""
+    """Perplexity of a model on a text, and its divergence from a reference model; or its accuracy on tasks."""
+    if tasks:
+        if text is not None:
+            raise UsageError("--text and --tasks are two measurements; run one after the other")
+        _eval_tasks(path, reference, dtype, [name.strip() for name in tasks.split(",")], limit, include_path, json_)
+        return
     from fewbit.evaluate import evaluate
 
     content = read_text(text)
@@ -294,6 +302,40 @@ def eval_(
         f"{result.tokens} tokens, window {result.window}, stride {result.stride}, {bos} BOS, {dtype}; "
         f"text sha256 {result.text_sha256[:16]}"
     )
+
+
+def _eval_tasks(
+    path: str,
+    reference: str | None,
+    dtype: str,
+    names: list[str],
+    limit: float | None,
+    include_path: Path | None,
+    json_: bool,
+) -> None:
+    from fewbit.evaluate.tasks import evaluate_tasks, find_tasks, harness_version
+
+    manager = find_tasks(names, include_path)
+    found = {}
+    for role, model in (("tasks", path), ("reference", reference)):
+        if model is not None:
+            found[role] = evaluate_tasks(*_load(model, dtype), names, manager, limit)
+    if json_:
+        print_json({**found, "limit": limit, "dtype": dtype, "lm_eval": harness_version()})
+        return
+    rows = [
+        [task, metric, *(_score(scores[task]["metrics"][metric]) for scores in found.values()), str(result["samples"])]
+        for task, result in found["tasks"].items()
+        for metric in result["metrics"]
+    ]
+    columns = ["task", "metric", *([""] if reference is None else ["", "reference"]), "questions"]
+    stdout.print(table(path, columns, rows, 2))
+    stdout.print(f"{dtype}; lm-evaluation-harness {harness_version()}")
+
+
+def _score(metric: dict[str, float | None]) -> str:
+    value, stderr = metric["value"], metric["stderr"]
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"
 
 
 def _plus_minus(value: float, error: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-PLACE, CALIBRATION, TUNING, TWIN = "Where and how", "Calibration", "Tuning", "TwinQuant"
+PLACE, CALIBRATION, TUNING, TWIN, TASKS = "Where and how", "Calibration", "Tuning", "TwinQuant", "Tasks"
 SAMPLING, ENGINE = "Sampling", "Engine"
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file.")]
@@ -148,3 +148,19 @@ Draft = Annotated[
 ]
 ExportDtype = Annotated[str, typer.Option("--dtype", help="Of the weights: bfloat16, float16 or float32.")]
 ShardSize = Annotated[str, typer.Option(help="A weight file takes no more than this, such as 2GB.")]
+
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="Tasks of lm-evaluation-harness with commas between them, such as hellaswag,arc_easy; instead of a text.",
+        rich_help_panel=TASKS,
+    ),
+]
+Limit = Annotated[
+    float | None,
+    typer.Option(help="Questions per task, or below 1 the share of them. Default: all.", rich_help_panel=TASKS),
+]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(help="A directory of further tasks, a YAML file each.", rich_help_panel=TASKS),
+]

@@ -7,7 +7,6 @@ calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from fewbit.formats.svdquant import SvdQuant
 from fewbit.math.hadamard import rotate, unpack_signs, unrotate
 from fewbit.math.inputs import quantized_inputs
 from fewbit.ops.cpu import FLOATS, KERNEL_DEVICES
+from fewbit.ops.decode import decode_rows, spec_text
 from fewbit.ops.gpu_layouts import GpuMatrix, gpu_matrices
 from fewbit.ops.layouts import from_lanes, place
 from fewbit.ops.schemas import ROW_GROUP
@@ -51,6 +51,7 @@ class PackedTensor(nn.Module):
         self.spec = description.spec
         self.code = self.spec.format
         self._gpu: tuple[GpuMatrix, ...] = ()
+        self._spec_text = spec_text(self.spec)
         self._part_names = tuple(description.layout())
         for name, (shape, dtype) in description.layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=torch_dtype(dtype)))
@@ -69,6 +70,11 @@ class PackedTensor(nn.Module):
         self._gpu = ()
         return self
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The first stored part, under the name by which PEFT asks a quantized layer for its device."""
+        return self._buffers[self._part_names[0]]  # type: ignore[return-value]
+
     def place(self) -> None:
         """Move the codes to where and how this machine multiplies them fastest; a second call changes nothing."""
         if self._on_gpu():
@@ -78,7 +84,7 @@ class PackedTensor(nn.Module):
 
     def _on_gpu(self) -> bool:
         """Whether a graphics processor that has kernels for this format holds the parts."""
-        device = self._buffers[self._part_names[0]].device.type  # type: ignore[union-attr]
+        device = self.qweight.device.type
         return device != "cpu" and device in KERNEL_DEVICES and self.spec.format in GPU_FORMATS
 
     def gpu_matrices(self) -> tuple[GpuMatrix, ...]:
@@ -109,7 +115,10 @@ class PackedTensor(nn.Module):
 
     def rotated_weight(self) -> torch.Tensor:
         """`W'`, float32 `[N, K]`, on the inputs' rotated axes."""
-        return get_format(self.spec.format).dequantize(self.parts(), self.spec)
+        parts = self.parts()
+        if torch.compiler.is_compiling():
+            return torch.ops.fewbit.decode(list(parts.values()), list(parts), self._spec_text)
+        return get_format(self.spec.format).dequantize(parts, self.spec)
 
     def rotate_input(self, x: torch.Tensor) -> torch.Tensor:
         """`x'` for inputs `[..., K]`, same dtype; the transform itself runs in float32."""
@@ -215,35 +224,34 @@ class FewbitLinear(PackedTensor):
 
 
 class FewbitEmbedding(PackedTensor):
-    """Looks rows up in a packed table `[N, K]`; ids `[...]` give `[..., K]` in `dtype`."""
+    """Looks rows up in a packed table `[N, K]`; ids `[...]` give `[..., K]` in `dtype`.
+
+    Called with `as_head` it is a tied output head instead: hidden states `[..., K]` give logits `[..., N]`.
+    """
 
     def __init__(self, description: QuantizedModule, dtype: torch.dtype, multiplier: float = 1.0) -> None:
         super().__init__(description)
         self.dtype = dtype
         self.multiplier = multiplier
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = self.rotated_rows(unique)
-        if self.spec.block > 1:
-            rows = unrotate(rows, unpack_signs(self.signs, self.spec.cols), self.spec.block)
-        return (rows * self.multiplier).to(self.dtype)[inverse]
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Follow `.to(dtype)` although the parts do not: what is looked up has the dtype of the rest of the model."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
-    def rotated_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (int64 `[n]`) of `W'`, float32 `[n, K]`."""
-        weight_format = get_format(self.spec.format)
-        if self.code != "lanes":
-            return weight_format.dequantize_rows(self.parts(), self.spec, rows)
-        # Only the row groups asked for are put back in order, with those that stand beside them.
-        groups, beside = rows // ROW_GROUP, self.codes.shape[1] // (2 * self.spec.bits * self.spec.cols)
-        several = from_lanes(self.codes[groups // beside], beside * rows.numel(), self.spec.cols, self.spec.bits)
-        place_of = torch.arange(rows.numel(), device=rows.device)
-        codes = several[beside * place_of + groups % beside]
-        scales = self.scales[rows].repeat_interleave(ROW_GROUP, 0)
-        spec = replace(self.spec, rows=ROW_GROUP * rows.numel())
-        taken = {"scale": self.scale, "tables": self.tables, "codes": codes, "scales": scales}
-        values = weight_format.dequantize(taken, spec).view(rows.numel(), ROW_GROUP, self.spec.cols)
-        return values[place_of, rows % ROW_GROUP]
+    def forward(self, ids: torch.Tensor, as_head: bool = False) -> torch.Tensor:
+        if as_head:
+            return self.product(ids, None)
+        parts = {name: getattr(self, name) for name in self._part_names}
+        if torch.compiler.is_compiling() or ids.is_meta:
+            # How many different ids there are is not known there; one row per place is decoded.
+            rows = torch.ops.fewbit.decode_rows(
+                ids.reshape(-1), list(parts.values()), list(parts), self._spec_text, self.code
+            )
+            return (rows * self.multiplier).to(self.dtype).view(*ids.shape, self.spec.cols)
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        rows = decode_rows(unique, parts, self.spec, self.code)
+        return (rows * self.multiplier).to(self.dtype)[inverse]
 
 
 class TiedHead(nn.Module):
@@ -257,5 +265,5 @@ class TiedHead(nn.Module):
         self.out_features = table.spec.rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        table: FewbitEmbedding = self.table  # type: ignore[assignment]
-        return table.product(x, None)
+        # By a call, since accelerate may have to fetch the table first.
+        return self.table(x, as_head=True)  # type: ignore[operator]

@@ -7,6 +7,7 @@ place how a matrix is stored and how it is computed; with this the first half is
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ else:
 
     class _Torch:
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module("torch"), name)
+            # The first half is what torch.compile can look through.
+            return getattr(sys.modules.get("torch") or importlib.import_module("torch"), name)
 
     torch = _Torch()

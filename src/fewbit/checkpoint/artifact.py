@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from fewbit.checkpoint.store import FORMAT_VERSION, read_json, tensors_hash
+from fewbit.checkpoint.store import FORMAT_VERSION, RECORD, read_json, tensors_hash
 from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.formats import TensorSpec, get_format
@@ -89,7 +89,10 @@ class Artifact:
         self.quantization = self.config.get("quantization_config") or {}
         check_version(self.quantization)
         self.modules = modules_from_json(self.quantization.get("modules", {}))
-        self.record = read_json(path / "fewbit.json")
+        record = read_record(path)
+        if record is None:
+            raise CorruptFile(f"{path} lacks {RECORD}; copy the checkpoint again")
+        self.record: dict[str, Any] = record
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
@@ -207,13 +210,39 @@ def _decode_problem(
 def is_artifact(path: Path) -> bool:
     """Whether a directory is a finished fewbit checkpoint."""
     config = path / "config.json"
-    if not config.is_file() or not (path / "fewbit.json").is_file():
+    if not config.is_file():
         return False
     try:
         method = json.loads(config.read_text()).get("quantization_config", {}).get("quant_method")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         return False
-    return bool(method == "fewbit")
+    return bool(method == "fewbit") and _has_record(path)
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What `fewbit.json` says, or, where transformers saved the model again, the header of the first file of weights.
+
+    None where neither says anything; raises `CorruptFile` where one of them is damaged.
+    """
+    beside = directory / RECORD
+    if beside.is_file():
+        return dict(read_json(beside))
+    weights = min(directory.glob("model*.safetensors"), default=None)
+    if weights is None:
+        return None
+    with _open(weights, "numpy") as handle:
+        text = (handle.metadata() or {}).get(RECORD)
+    try:
+        return None if text is None else dict(json.loads(text))
+    except ValueError as error:
+        raise CorruptFile(f"{weights}: {RECORD} in its header is not valid JSON ({error}); save it again") from error
+
+
+def _has_record(directory: Path) -> bool:
+    try:
+        return (directory / RECORD).is_file() or read_record(directory) is not None
+    except CorruptFile:
+        return False
 
 
 def check_header(path: Path) -> None:

@@ -21,6 +21,10 @@ from fewbit.errors import CorruptFile, FewbitError
 from fewbit.torch_later import torch
 
 FORMAT_VERSION = 1
+RECORD = "fewbit.json"
+IMPORT_FIRST = "import-fewbit-first.safetensors"
+"""A file of weights that no checkpoint has: what its configuration names for transformers without fewbit, which would
+otherwise start the model with random weights."""
 SHARD_LIMIT = 4 << 30
 _COPY_BYTES = 1 << 24
 

@@ -1,11 +1,14 @@
 """fewbit checkpoints in transformers: a quantization config and a quantizer under the method "fewbit".
 
 transformers finds them once this module is imported, which `import fewbit` does; without the import it
-skips an unknown method with a warning, so `fewbit.load` is the documented way in.
+skips an unknown method with a warning. A checkpoint's configuration therefore names a file of weights that does not
+exist (`transformers_weights`), where transformers then stops; with the import that name is taken out in time.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +17,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fewbit.checkpoint.artifact import check_version, modules_from_json
+from fewbit.checkpoint.artifact import check_version, modules_from_json, read_record
 from fewbit.checkpoint.equivalent import rotate_output
-from fewbit.checkpoint.store import FORMAT_VERSION
+from fewbit.checkpoint.store import FORMAT_VERSION, IMPORT_FIRST, RECORD, tensors_hash
 from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile
 from fewbit.experts import separate_experts
@@ -41,10 +44,23 @@ class FewbitQuantizer(HfQuantizer):
     """Swaps linears and embeddings for packed modules before transformers loads the tensors into them."""
 
     requires_calibration = True
+    _record: dict[str, Any] | None = None
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Not about attention: this is what transformers shows the configuration to before it looks for files."""
+        if getattr(config, "transformers_weights", None) == IMPORT_FIRST:
+            del config.transformers_weights
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same for releases of transformers before 5.20 or so, which call this one."""
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         settings = self.quantization_config.to_dict()
         check_version(settings)
+        files = kwargs.get("checkpoint_files")
+        self._record = read_record(Path(files[0]).parent) if files else None
         modules = modules_from_json(settings["modules"])
         dtype = getattr(model, "dtype", torch.float32)
         family = find_family(model.config.model_type)
@@ -88,15 +104,42 @@ class FewbitQuantizer(HfQuantizer):
                             f"{name}.{part} arrived as {name_of(tensor.dtype)} {tuple(tensor.shape)} instead of "
                             f"{dtype} {tuple(shape)}; run: fewbit verify on the checkpoint"
                         )
-                module.place()
+                if not module.qweight.is_meta:  # as it is while accelerate keeps it elsewhere
+                    module.place()
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """What `fewbit.json` records, for the header of the files of `save_pretrained`, which writes no other file."""
+        if self._record is None:
+            return None, {}
+        state = model.state_dict()
+        tensors = [_as_stored(entry, state) for entry in self._record["tensors"]]
+        return None, {RECORD: json.dumps({**self._record, "tensors": tensors})}
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Gradients flow through packed linears to adapters; the packed tensors themselves never change."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _as_stored(entry: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The record of a tensor, renewed where it is a plain one that now has another dtype or other values."""
+    tensor = state.get(entry["name"])
+    if entry["format"] or tensor is None or tensor.is_meta:
+        return entry
+    return {
+        **entry,
+        "bytes": tensor.numel() * tensor.element_size(),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": tensors_hash({entry["name"]: tensor.detach().cpu()}),
+    }
 
 
 def _embedding_scale(original: nn.Embedding) -> float:

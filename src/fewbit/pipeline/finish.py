@@ -17,7 +17,15 @@ from fewbit import __version__
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule, modules_to_json
 from fewbit.checkpoint.equivalent import TRANSFORM, equivalent
 from fewbit.checkpoint.source import Source
-from fewbit.checkpoint.store import FORMAT_VERSION, ShardedWriter, read_json, tensors_hash, write_json
+from fewbit.checkpoint.store import (
+    FORMAT_VERSION,
+    IMPORT_FIRST,
+    RECORD,
+    ShardedWriter,
+    read_json,
+    tensors_hash,
+    write_json,
+)
 from fewbit.errors import CorruptFile, NonFiniteWeights
 from fewbit.math.rounding import CHUNK_WEIGHTS
 from fewbit.pipeline.jobs import read_shard, shard_path
@@ -50,7 +58,7 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
     writer.close()
     write_json(built / "config.json", _config(changed, plan))
     write_json(
-        built / "fewbit.json",
+        built / RECORD,
         {
             "fewbit_version": __version__,
             "format_version": FORMAT_VERSION,
@@ -141,9 +149,11 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
     config.pop("_name_or_path", None)
     config["dtype"] = "bfloat16"
     config["tie_word_embeddings"] = source.tied_embeddings
+    config["transformers_weights"] = IMPORT_FIRST
     config["quantization_config"] = {
         "quant_method": "fewbit",
         "format_version": FORMAT_VERSION,
+        "requires": f"fewbit>={__version__}",
         "modules": modules_to_json(modules),
         **({"rotated_output": True} if source.rotated_tie else {}),
     }
@@ -160,8 +170,8 @@ def _named(plan: Plan) -> str:
 def _card(plan: Plan) -> str:
     bits = plan.bits_per_weight("body")
     return (
-        "**Load this with `fewbit.load(path)` (or `import fewbit` before `from_pretrained`); without fewbit, "
-        "transformers starts the model with random weights.**\n\n"
+        "**Load this with `fewbit.load(path)`, or `import fewbit` before `from_pretrained`; without fewbit, "
+        f"transformers asks for `{IMPORT_FIRST}`, a file that is not there.**\n\n"
         f"Compressed by fewbit {__version__} from a `{plan.model_type}` model: {_named(plan)}, "
         f"{bits:.3f} bits per weight in the decoder layers, {plan.bits_per_weight():.3f} over everything. "
         "`fewbit.json` lists every tensor with its error.\n"
