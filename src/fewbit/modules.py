@@ -7,7 +7,6 @@ calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from fewbit.math.inputs import quantized_inputs
 from fewbit.ops.cpu import FLOATS, KERNEL_DEVICES
 from fewbit.ops.gpu_layouts import GpuMatrix, gpu_matrices
 from fewbit.ops.layouts import from_lanes, place
-from fewbit.ops.schemas import ROW_GROUP
+from fewbit.ops.schemas import PLAIN, ROW_GROUP
 
 GPU_FORMATS = ("trellis", "ternary", "iq3_s", "twinquant")
 
@@ -116,6 +115,20 @@ class PackedTensor(nn.Module):
         if self.spec.block == 1:
             return x
         return rotate(x.float(), unpack_signs(self.signs, self.spec.cols), self.spec.block).to(x.dtype)
+
+    def has_kernel(self) -> bool:
+        """Whether the operators multiply with the packed parts where they are; otherwise weights are decoded."""
+        if self.spec.block == 1 and self.spec.format != "twinquant":
+            return False
+        if self._buffers[self._part_names[0]].device.type != "cpu":  # type: ignore[union-attr]
+            return self._on_gpu()
+        return self.spec.format == "trellis" or (self.spec.format == "twinquant" and self.spec.act_bits != PLAIN)
+
+    def kernel_matrix(self) -> GpuMatrix:
+        """The matrix as the operators of its device take it, where there is a kernel for it."""
+        if self._on_gpu():
+            return self.gpu_matrices()[0]
+        return GpuMatrix(self.codes, self.scales, self.scale, self._buffers.get("tables"), self.code)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`W x + bias` for inputs `[..., K]`, in their dtype.
@@ -223,27 +236,21 @@ class FewbitEmbedding(PackedTensor):
         self.multiplier = multiplier
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = self.rotated_rows(unique)
-        if self.spec.block > 1:
-            rows = unrotate(rows, unpack_signs(self.signs, self.spec.cols), self.spec.block)
-        return (rows * self.multiplier).to(self.dtype)[inverse]
-
-    def rotated_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (int64 `[n]`) of `W'`, float32 `[n, K]`."""
-        weight_format = get_format(self.spec.format)
-        if self.code != "lanes":
-            return weight_format.dequantize_rows(self.parts(), self.spec, rows)
-        # Only the row groups asked for are put back in order, with those that stand beside them.
-        groups, beside = rows // ROW_GROUP, self.codes.shape[1] // (2 * self.spec.bits * self.spec.cols)
-        several = from_lanes(self.codes[groups // beside], beside * rows.numel(), self.spec.cols, self.spec.bits)
-        place_of = torch.arange(rows.numel(), device=rows.device)
-        codes = several[beside * place_of + groups % beside]
-        scales = self.scales[rows].repeat_interleave(ROW_GROUP, 0)
-        spec = replace(self.spec, rows=ROW_GROUP * rows.numel())
-        taken = {"scale": self.scale, "tables": self.tables, "codes": codes, "scales": scales}
-        values = weight_format.dequantize(taken, spec).view(rows.numel(), ROW_GROUP, self.spec.cols)
-        return values[place_of, rows % ROW_GROUP]
+        spec = self.spec
+        return torch.ops.fewbit.lookup(
+            ids,
+            [getattr(self, name) for name in self._part_names if name != "signs"],
+            self.signs if spec.block > 1 else None,
+            spec.format,
+            spec.rows,
+            spec.cols,
+            spec.bits,
+            spec.block,
+            spec.group,
+            self.code,
+            self.multiplier,
+            self.dtype,
+        )
 
 
 class TiedHead(nn.Module):
