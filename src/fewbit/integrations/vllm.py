@@ -32,7 +32,8 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from fewbit.checkpoint.artifact import QuantizedModule, check_version, modules_from_json
 from fewbit.checkpoint.parallel import Span, allowed_sizes, cut
 from fewbit.errors import CorruptFile, UnsupportedShape, UsageError
-from fewbit.integrations.vllm_parts import Fused, Piece, add_parameters, load_rows, ready, take_pieces
+from fewbit.integrations.pieces import Fused, Piece, ready
+from fewbit.integrations.vllm_parameters import add_parameters, load_rows, take_matrices
 from fewbit.models import find_family
 from fewbit.ops.schemas import FLOATS
 
@@ -157,7 +158,7 @@ class FewbitLinearMethod(LinearMethodBase):
         add_parameters(layer, pieces, extra_weight_attrs["weight_loader"])
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.fused = Fused([ready(packed, layer.params_dtype) for packed in take_pieces(layer)])
+        layer.fused = Fused([ready(packed, layer.params_dtype) for packed in take_matrices(layer)])
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         found: torch.Tensor = layer.fused.product(x, bias)
@@ -208,7 +209,7 @@ class FewbitTableMethod(QuantizeMethodBase):
         if self.module is None:
             self.plain.process_weights_after_loading(layer)
             return
-        (packed,) = take_pieces(layer)
+        (packed,) = take_matrices(layer)
         if self.module.kind == "embed":
             layer.table = packed
         layer.fused = Fused([ready(packed, layer.params_dtype)])
