@@ -12,7 +12,10 @@ import torch
 from fewbit.formats import TensorSpec, get_format
 from fewbit.math.hadamard import unpack_signs, unrotate
 from fewbit.ops.layouts import from_lanes
+from fewbit.ops.reference import butterflies
 from fewbit.ops.schemas import ROW_GROUP
+
+CHUNK = 256  # ids whose rows are decoded at a time, each with the 15 beside it
 
 
 def rotated_rows(parts: dict[str, torch.Tensor], spec: TensorSpec, code: str, rows: torch.Tensor) -> torch.Tensor:
@@ -52,8 +55,27 @@ def lookup(
     """
     spec = TensorSpec(format, bits, rows, cols, block, group)
     named = dict(zip(get_format(format).layout(spec), parts, strict=True))
+    if ids.device.type != "cpu":
+        found = rows_of_all(ids.reshape(-1), named, signs, spec)
+        return (found * multiplier).to(dtype).view(*ids.shape, cols)
     unique, inverse = torch.unique(ids, return_inverse=True)
     found = rotated_rows(named, spec, code, unique)
     if signs is not None:
         found = unrotate(found, unpack_signs(signs, cols), block)
     return (found * multiplier).to(dtype)[inverse]
+
+
+def rows_of_all(
+    ids: torch.Tensor, parts: dict[str, torch.Tensor], signs: torch.Tensor | None, spec: TensorSpec
+) -> torch.Tensor:
+    """Rows of every id `[n]`, repeated ones too, float32 `[n, K]` on their own axes.
+
+    What it does depends on shapes alone, and it waits for nothing: graphics processors can record it in a graph.
+    """
+    found = []
+    for some in ids.split(CHUNK):
+        rows = get_format(spec.format).dequantize_rows(parts, spec, some)
+        if signs is not None:
+            rows = butterflies(rows, spec.block) * unpack_signs(signs, spec.cols)
+        found.append(rows)
+    return torch.cat(found)
