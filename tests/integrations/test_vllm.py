@@ -42,6 +42,7 @@ START_SECONDS = 1500  # for an engine to start, compile and answer on a busy mac
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 3, 50]]
 TOKENS = 12
 TIE = 0.02  # nats
+TRACED = {"VLLM_CPU_CI_ENV": "1"}  # graphs are traced and run as they are: to compile them takes minutes
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
@@ -57,7 +58,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | settings
 
 
-def ask(path: Path, **engine) -> subprocess.CompletedProcess:
+def ask(path: Path, changes: dict[str, str] | None = None, **engine) -> subprocess.CompletedProcess:
     settings = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "skip_tokenizer_init": True, **engine}
     asked = {"engine": {"model": str(path), **settings}, "prompts": PROMPTS, "tokens": TOKENS}
     ranks = engine.get("tensor_parallel_size", 1)
@@ -65,7 +66,7 @@ def ask(path: Path, **engine) -> subprocess.CompletedProcess:
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
     return subprocess.run(
         [sys.executable, HERE / "ask_vllm.py", json.dumps(asked)],
-        env=environment(**binding),
+        env=environment(**binding, **(changes or {})),
         capture_output=True,
         text=True,
         errors="replace",
@@ -73,8 +74,8 @@ def ask(path: Path, **engine) -> subprocess.CompletedProcess:
     )
 
 
-def answers_of(path: Path, **engine) -> list[dict]:
-    done = ask(path, **engine)
+def answers_of(path: Path, changes: dict[str, str] | None = None, **engine) -> list[dict]:
+    done = ask(path, changes, **engine)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
@@ -187,7 +188,7 @@ def test_a_control_without_kernels_is_decoded_once(toys):
 
 @pytest.mark.parametrize("name", ["smollm2-3bit", "smollm2-twin"])
 def test_a_real_model_gives_the_tokens_of_transformers(smollm2_dirs, name):
-    check_answers(smollm2_dirs / name, answers_of(smollm2_dirs / name))
+    check_answers(smollm2_dirs / name, answers_of(smollm2_dirs / name, TRACED))
 
 
 def test_more_ranks_than_the_checkpoint_allows_are_an_error_that_names_the_allowed(tiny_models, tmp_path):
@@ -211,7 +212,7 @@ def run_block(program: str, directory: Path) -> str:
     done = subprocess.run(
         [sys.executable, "block.py"],
         cwd=directory,
-        env=environment(),
+        env=environment(**TRACED),
         capture_output=True,
         text=True,
         errors="replace",
@@ -232,7 +233,7 @@ def test_the_page_s_server_answers_the_page_s_client(smollm2_dirs):
     (command,), (_, client) = blocks("vLLM", "sh"), blocks("vLLM", "python")
     program = [str(Path(sys.executable).with_name("vllm")), *command.replace("8000", port).split()[1:]]
     log = (smollm2_dirs / "server.log").open("w")
-    server = subprocess.Popen(program, cwd=smollm2_dirs, env=environment(), stdout=log, stderr=log)
+    server = subprocess.Popen(program, cwd=smollm2_dirs, env=environment(**TRACED), stdout=log, stderr=log)
     try:
         give_up = time.monotonic() + START_SECONDS
         while True:

@@ -65,7 +65,7 @@ def cut_part(module: QuantizedModule, part: str, tensor: torch.Tensor, rows: Spa
     behind the columns stays whole. What is added once goes to those who hold the first columns; others get zeros.
     """
 
-    def shape(**change: int) -> tuple[int, ...]:
+    def shape(**change: Any) -> tuple[int, ...]:
         return replace(module, spec=replace(module.spec, **change)).layout()[part][0]
 
     whole = shape()

@@ -83,7 +83,7 @@ class DecodedMatrix(nn.Module):
         return nn.functional.linear(x, self.weight, bias)
 
 
-def ready(packed: PackedTensor, dtype: torch.dtype) -> nn.Module:
+def ready(packed: PackedTensor, dtype: torch.dtype) -> DecodedMatrix | PackedTensor:
     """A matrix placed for its device's kernels, or decoded to `dtype` where there are none."""
     if not packed.has_kernel():
         return DecodedMatrix(packed, dtype)
@@ -94,7 +94,7 @@ def ready(packed: PackedTensor, dtype: torch.dtype) -> nn.Module:
 class Fused(nn.Module):
     """Matrices that are one layer to the host and read the same inputs; their outputs stand side by side."""
 
-    def __init__(self, matrices: Sequence[nn.Module]) -> None:
+    def __init__(self, matrices: Sequence[DecodedMatrix | PackedTensor]) -> None:
         super().__init__()
         self.matrices = nn.ModuleList(matrices)
         self.rows = [len(m.weight) if isinstance(m, DecodedMatrix) else m.spec.rows for m in matrices]
@@ -112,7 +112,8 @@ class Fused(nn.Module):
         biases = [None] * len(self.rows) if bias is None else list(bias.split(self.rows))
         if self.joint:
             return torch.cat(self._linears(x, biases), -1)
-        outputs = [m.product(x, b) for m, b in zip(self.matrices, biases, strict=True)]
+        matrices: list[Any] = list(self.matrices)
+        outputs = [m.product(x, b) for m, b in zip(matrices, biases, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     def _linears(self, x: torch.Tensor, biases: list[Any]) -> list[torch.Tensor]:

@@ -30,11 +30,12 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from fewbit.checkpoint.artifact import QuantizedModule, check_version, modules_from_json
+from fewbit.checkpoint.equivalent import PER_MODULE, RESIDUAL
 from fewbit.checkpoint.parallel import Span, allowed_sizes, cut
 from fewbit.errors import CorruptFile, UnsupportedShape, UsageError
 from fewbit.integrations.pieces import Fused, Piece, ready
 from fewbit.integrations.vllm_parameters import add_parameters, load_rows, take_matrices
-from fewbit.models import find_family
+from fewbit.models import OUTPUT_ROTATION, find_family
 from fewbit.ops.schemas import FLOATS
 
 NO_KERNELS = ("svdquant",)  # controls whose inputs are rounded, which plain weights do not show
@@ -76,9 +77,14 @@ class FewbitVllmConfig(QuantizationConfig):
         if family is not None and text_config is not None:
             self.sizes = allowed_sizes(self.modules.values(), family, text_config.to_dict())
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """The final norm's rotation goes to the table, since vLLM's norms have no place for it."""
-        return WeightsMapper(orig_to_new_regex={re.compile(r"(^|\.)norm\.rotation$"): r"\1embed_tokens.rotation"})
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """The final norm's rotation goes to the table, since vLLM's norms have no place for it; the file of the
+        transform, which vLLM reads with all others, says how the model was changed and is not part of it."""
+        names: dict[re.Pattern[str], str | None] = {
+            re.compile(rf"^({'|'.join(PER_MODULE)})\.|^{RESIDUAL}$"): None,
+            re.compile(rf"(^|\.)norm\.{OUTPUT_ROTATION}$"): r"\1embed_tokens.rotation",
+        }
+        return WeightsMapper(orig_to_new_regex=names)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
@@ -242,7 +248,7 @@ class TiedMethod(QuantizeMethodBase):
     def create_weights(self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
         """There is nothing to create."""
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         found: torch.Tensor = self.embed_tokens.quant_method.apply(self.embed_tokens, x, bias)
         return found
 
