@@ -152,7 +152,11 @@ def test_parts_that_are_wrong_or_missing_are_named():
     not has_native() or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="needs the native extension and two cores",
 )
-def test_threads_use_the_cores_that_openmp_was_given_though_the_caller_is_bound_to_one():
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("GOMP_CPU_AFFINITY", "{0} {1}"), ("KMP_AFFINITY", "granularity=fine,explicit,proclist=[{0},{1}]")],
+)
+def test_threads_use_the_cores_that_openmp_was_given_though_the_caller_is_bound_to_one(variable, value):
     first, second, *_ = sorted(os.sched_getaffinity(0))
     program = (
         "import json, os, sys\n"
@@ -167,6 +171,6 @@ def test_threads_use_the_cores_that_openmp_was_given_though_the_caller_is_bound_
         "print(json.dumps([_native.num_threads(), sorted(os.sched_getaffinity(0)),\n"
         "                  [sorted(os.sched_getaffinity(task)) for task in started]]))\n"
     )
-    settings = {**os.environ, "GOMP_CPU_AFFINITY": f"{first} {second}", "OMP_NUM_THREADS": "1"}
+    settings = {**os.environ, variable: value.format(first, second), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=settings, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [2, [first], [[first, second]]]

@@ -6,6 +6,7 @@ Nothing here knows a host; `fewbit.integrations.vllm` puts it into vLLM's layers
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from fewbit.errors import CorruptFile
 from fewbit.modules import FewbitEmbedding, FewbitLinear, PackedTensor
 from fewbit.ops.extension import load_native
 
-CORES_VARIABLE = "GOMP_CPU_AFFINITY"  # of GNU OpenMP: the cores that its threads are bound to, one each
+CORES = {"GOMP_CPU_AFFINITY": r"^([\d ]+)$", "KMP_AFFINITY": r"proclist=\[([\d,]+)\]"}
+"""How GNU's and Intel's OpenMP are told the cores that their threads are bound to, one each."""
 
 
 class Piece:
@@ -140,7 +142,8 @@ def use_all_cores() -> None:
     OpenMP binds its threads to one core each, the one that calls this included, and threads that inherit that would
     all stay on its core.
     """
-    cores = {int(core) for core in os.environ.get(CORES_VARIABLE, "").split() if core.isdigit()}
+    lists = [re.search(pattern, os.environ.get(name, "")) for name, pattern in CORES.items()]
+    cores = {int(core) for found in lists if found for core in re.findall(r"\d+", found[1])}
     native = load_native() if len(cores) > 1 else None
     if native is None or native.num_threads() == len(cores):
         return
