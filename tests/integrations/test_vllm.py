@@ -179,7 +179,9 @@ MODES = {"eager": {"enforce_eager": True}, "compiled": {}, "two-ranks": {"tensor
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["mixed", "learned"])
 def test_tokens_are_those_of_transformers(toys, name, mode):
-    check_answers(toys[name], answers_of(toys[name], **MODES[mode]))
+    # Each rank rounds its own part of what goes into twinquant's branch, where one rank rounds the sum.
+    tie = 5 * TIE if (name, mode) == ("learned", "two-ranks") else TIE
+    check_answers(toys[name], answers_of(toys[name], **MODES[mode]), tie=tie)
 
 
 def test_a_control_without_kernels_is_decoded_once(toys):
