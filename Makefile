@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static
+.PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static test-vllm
 .PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
@@ -44,6 +44,9 @@ test-aarch64: $(STAMP)  ## Run the portable kernels on emulated aarch64
 
 test-gpu-static: $(STAMP)  ## Run the GPU kernels in Triton's interpreter and compile them, without a GPU (minutes)
 	@sh scripts/test_gpu_static.sh
+
+test-vllm: $(STAMP)  ## Run checkpoints inside vLLM, in an environment of its own (some 4 GB, long)
+	@sh scripts/test_vllm.sh
 
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 	@$(BIN)/python benchmarks/encode.py

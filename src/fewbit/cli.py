@@ -319,7 +319,7 @@ def _eval_tasks(
     found = {}
     for role, model in (("tasks", path), ("reference", reference)):
         if model is not None:
-            found[role] = evaluate_tasks(*_load(model, dtype), names, manager, limit)
+            found[role] = evaluate_tasks(*load_model(model, dtype), names, manager, limit)
     if json_:
         print_json({**found, "limit": limit, "dtype": dtype, "lm_eval": harness_version()})
         return

@@ -19,10 +19,10 @@ from fewbit.formats.svdquant import SvdQuant
 from fewbit.math.hadamard import rotate, unpack_signs, unrotate
 from fewbit.math.inputs import quantized_inputs
 from fewbit.ops.cpu import FLOATS, KERNEL_DEVICES
-from fewbit.ops.decode import decode_rows, spec_text
+from fewbit.ops.decode import spec_text
 from fewbit.ops.gpu_layouts import GpuMatrix, gpu_matrices
 from fewbit.ops.layouts import from_lanes, place
-from fewbit.ops.schemas import ROW_GROUP
+from fewbit.ops.schemas import PLAIN, ROW_GROUP
 
 GPU_FORMATS = ("trellis", "ternary", "iq3_s", "twinquant")
 
@@ -125,6 +125,20 @@ class PackedTensor(nn.Module):
         if self.spec.block == 1:
             return x
         return rotate(x.float(), unpack_signs(self.signs, self.spec.cols), self.spec.block).to(x.dtype)
+
+    def has_kernel(self) -> bool:
+        """Whether the operators multiply with the packed parts where they are; otherwise weights are decoded."""
+        if self.spec.block == 1 and self.spec.format != "twinquant":
+            return False
+        if self._buffers[self._part_names[0]].device.type != "cpu":  # type: ignore[union-attr]
+            return self._on_gpu()
+        return self.spec.format == "trellis" or (self.spec.format == "twinquant" and self.spec.act_bits != PLAIN)
+
+    def kernel_matrix(self) -> GpuMatrix:
+        """The matrix as the operators of its device take it, where there is a kernel for it."""
+        if self._on_gpu():
+            return self.gpu_matrices()[0]
+        return GpuMatrix(self.codes, self.scales, self.scale, self._buffers.get("tables"), self.code)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`W x + bias` for inputs `[..., K]`, in their dtype.
@@ -242,16 +256,21 @@ class FewbitEmbedding(PackedTensor):
     def forward(self, ids: torch.Tensor, as_head: bool = False) -> torch.Tensor:
         if as_head:
             return self.product(ids, None)
-        parts = {name: getattr(self, name) for name in self._part_names}
-        if torch.compiler.is_compiling() or ids.is_meta:
-            # How many different ids there are is not known there; one row per place is decoded.
-            rows = torch.ops.fewbit.decode_rows(
-                ids.reshape(-1), list(parts.values()), list(parts), self._spec_text, self.code
-            )
-            return (rows * self.multiplier).to(self.dtype).view(*ids.shape, self.spec.cols)
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = decode_rows(unique, parts, self.spec, self.code)
-        return (rows * self.multiplier).to(self.dtype)[inverse]
+        spec = self.spec
+        return torch.ops.fewbit.lookup(
+            ids,
+            [getattr(self, name) for name in self._part_names if name != "signs"],
+            self.signs if spec.block > 1 else None,
+            spec.format,
+            spec.rows,
+            spec.cols,
+            spec.bits,
+            spec.block,
+            spec.group,
+            self.code,
+            self.multiplier,
+            self.dtype,
+        )
 
 
 class TiedHead(nn.Module):

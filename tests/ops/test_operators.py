@@ -6,7 +6,7 @@ import torch
 from fewbit.formats import get_format
 from fewbit.formats.trellis import load_tables
 from fewbit.math.hadamard import pack_signs, random_signs, rotate
-from fewbit.ops import cpu, layouts, reference
+from fewbit.ops import cpu, layouts, lookup, reference
 from fewbit.ops.extension import load_native
 
 native = load_native()
@@ -340,3 +340,27 @@ def test_quantized_inputs_that_disagree_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             ops.packed_linear(*broken, *parts, 3, "trellis", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["trellis", "int8"])
+def test_lookup_gives_the_rows_of_the_plain_weight_and_compiles(name):
+    fmt = get_format(name)
+    spec = fmt.spec(40, 192, fmt.bits[-1])
+    weight = torch.randn(40, 192, generator=torch.Generator().manual_seed(0))
+    signs = random_signs(192, 1) if spec.block > 1 else None
+    parts = fmt.quantize(weight, spec, signs, {}).parts
+    plain = fmt.dequantize(parts, spec)
+    plain = plain if signs is None else rotate(plain, torch.ones(192), spec.block) * signs
+    codes, code = parts["codes"], name
+    if name == "trellis":
+        codes, code = layouts.to_lanes(codes, 4, 2), "lanes"
+    packed = None if signs is None else pack_signs(signs)
+    table = [codes if part == "codes" else parts[part] for part in fmt.layout(spec)]
+    rest = (table, packed, name, 40, 192, spec.bits, spec.block, spec.group, code, 2.0, torch.float32)
+    ids = torch.tensor([[3, 39, 3], [0, 17, 16]])
+    torch.testing.assert_close(ops.lookup(ids, *rest), 2 * plain[ids])
+    many = ids.repeat(50, 3).flatten()
+    torch.testing.assert_close(lookup.rows_of_all(many, parts, packed, spec), plain[many])
+    torch.library.opcheck(ops.lookup, (ids, *rest))
+    compiled = torch.compile(lambda ids: ops.lookup(ids, *rest) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), ops.lookup(ids, *rest) + 1)

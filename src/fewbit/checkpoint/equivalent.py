@@ -21,6 +21,7 @@ from fewbit.models import OUTPUT_ROTATION, Family, Place, SharedInput, get_famil
 
 TRANSFORM = "transform.safetensors"
 RESIDUAL = "residual"
+PER_MODULE = ("gains", "scales", "values")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Transform:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = {} if self.residual is None else {RESIDUAL: self.residual}
-        for kind in ("gains", "scales", "values"):
+        for kind in PER_MODULE:
             found |= {f"{kind}.{name}": tensor for name, tensor in getattr(self, kind).items()}
         return found
 
