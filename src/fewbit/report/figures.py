@@ -13,8 +13,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fewbit.drawing import NARROW, WIDE, Axis, Frame, Plot, Series, picture, printable
-from fewbit.report.labels import FONT, HEIGHT, Box, Surroundings, place, shorten, width
+from fewbit.drawing import NARROW, WIDE, Axis, Frame, Plot, Series, label_points, picture, printable
+from fewbit.labels import FONT, HEIGHT, Box, shorten, width
 
 TINY = 1e-6
 """A divergence of zero has no place on a logarithmic axis."""
@@ -81,27 +81,8 @@ def trade_svg(
         spread = row["perplexity_stderr"] if score == "perplexity" else None
         plot.dot(size, value, style_of(row), spread)
         bars.append((plot.at(size, value + (spread or 0)), plot.at(size, max(plot.y.low, value - (spread or 0)))))
-    inner = Box(frame.left + 2, frame.top, frame.right, frame.bottom - 2)
-    lines = tuple(_thin(*ends) for ends in [*pairwise(steps), *bars])
-    _label(plot, places, [row["name"] for row in points], Surroundings(inner, tuple(obstacles), lines))
+    label_points(plot, places, [row["name"] for row in points], obstacles, [*pairwise(steps), *bars])
     return plot.svg()
-
-
-def _thin(one: tuple[float, float], other: tuple[float, float]) -> Box:
-    """The box of a line across or down."""
-    (x, y), (u, v) = one, other
-    return Box(min(x, u) - 1, min(y, v) - 1, max(x, u) + 1, max(y, v) + 1)
-
-
-def _label(plot: Plot, places: Sequence[tuple[float, float]], names: Sequence[str], around: Surroundings) -> None:
-    """A label for every point, with a line to it where it had to move away."""
-    for (x, y), label in zip(places, place(places, names, around), strict=True):
-        if label is None:
-            continue
-        near = label.box.nearest(x, y)
-        if abs(near[0] - x) + abs(near[1] - y) > 16:
-            plot.path([(x, y), near], "leader")
-        plot.text(round(label.box.left, 1), label.baseline, label.words, "start", "ink")
 
 
 def _level(plot: Plot, value: float, words: str) -> Box:
