@@ -289,3 +289,35 @@ def browser():
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
+
+
+OVERLAPS = """() => {
+  const found = [];
+  for (const svg of document.querySelectorAll('svg[role=img]')) {
+    const texts = [...svg.querySelectorAll('text')].filter(t => t.getClientRects().length);
+    const frame = svg.getBoundingClientRect();
+    const boxes = texts.map(t => t.getBoundingClientRect());
+    boxes.forEach((a, i) => {
+      if (a.left < frame.left - 1 || a.right > frame.right + 1 || a.top < frame.top - 1 || a.bottom > frame.bottom + 1)
+        found.push('outside: ' + texts[i].textContent);
+      for (let j = i + 1; j < boxes.length; j++) {
+        const b = boxes[j], slack = 1.5;
+        if (a.left + slack < b.right && b.left + slack < a.right
+            && a.top + slack < b.bottom && b.top + slack < a.bottom)
+          found.push(texts[i].textContent + ' | ' + texts[j].textContent);
+      }
+      for (const dot of svg.querySelectorAll('circle')) {
+        const d = dot.getBoundingClientRect();
+        if (texts[i].classList.contains('of-ink') && a.left < d.right - 1 && d.left < a.right - 1
+            && a.top < d.bottom - 1 && d.top < a.bottom - 1) found.push('on a point: ' + texts[i].textContent);
+      }
+    });
+  }
+  return found;
+}"""
+
+
+@pytest.fixture
+def overlaps():
+    """The function `overlaps(page)`: words of a page's pictures that cover other words or points, or stick out."""
+    return lambda page: page.evaluate(OVERLAPS)

@@ -132,9 +132,20 @@ def test_trade_figure_keeps_labels_of_close_points_apart(report):
     for row in report["rows"][1:]:
         row["perplexity"] = 21.0
     found = [place for text, place in labels(trade_svg(report["rows"])).items() if " MB" in text and ":" in text]
-    heights = sorted(y for x, y in found if x < 240)
-    assert len(heights) == 3
-    assert all(later - earlier >= 15 for earlier, later in itertools.pairwise(heights))
+    assert len(found) == 4
+    for (x, y), (other_x, other_y) in itertools.combinations(found, 2):
+        assert abs(y - other_y) >= 15 or abs(x - other_x) >= 150
+
+
+@pytest.mark.parametrize("width", [1180, 700])
+def test_labels_of_the_page_keep_apart_in_a_browser(browser, overlaps, report, tmp_path, width):
+    path = tmp_path / "demo.html"
+    path.write_text(render_page(report), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    assert overlaps(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
 
 
 def test_speed_is_tokens_over_time_not_the_mean_of_rates():

@@ -5,16 +5,15 @@ Takes the demo's report (plain data) and returns text.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from markupsafe import Markup
 
-from fewbit.drawing import Axis, Plot, errors_svg, histogram_svg, render
+from fewbit.drawing import Axis, Plot, errors_svg, histogram_svg, label_points, render
 
 
 def trade_svg(rows: list[dict[str, Any]]) -> Markup:
-    """Size against perplexity: a labelled point per model, labels moved apart where they would touch."""
+    """Size against perplexity: a labelled point per model."""
     sizes = [row["bytes"] / 1e6 for row in rows]
     scores = [row["perplexity"] for row in rows]
     lowest, highest = min(scores), max(scores)
@@ -26,18 +25,13 @@ def trade_svg(rows: list[dict[str, Any]]) -> Markup:
         "File size against perplexity",
     )
     places = [plot.at(size, score) for size, score in zip(sizes, scores, strict=True)]
-    middle = (plot.frame.left + plot.frame.right) / 2
-    # Labels of the small models start behind the last of their points, so that none covers a point.
-    start = max((x for x, _ in places if x < middle), default=0.0) + 12
-    above = math.inf
-    for row, size, (x, y) in sorted(zip(rows, sizes, places, strict=True), key=lambda entry: -entry[2][1]):
-        plot.dot(size, row["perplexity"], row["style"], row["perplexity_stderr"])
-        words = f"{row['name']}: {size:.1f} MB, {row['perplexity']:.1f}"
-        if x < middle:
-            above = min(y, above - 17)
-            plot.text(round(start, 1), round(above + 4, 1), words, "start", row["style"])
-        else:
-            plot.text(x - 11, round(y + 4, 1), words, "end", row["style"])
+    bars = []
+    for row, size in zip(rows, sizes, strict=True):
+        score, spread = row["perplexity"], row["perplexity_stderr"] or 0.0
+        plot.dot(size, score, row["style"], row["perplexity_stderr"])
+        bars.append((plot.at(size, score + spread), plot.at(size, max(low, score - spread))))
+    words = [f"{row['name']}: {size:.1f} MB, {row['perplexity']:.1f}" for row, size in zip(rows, sizes, strict=True)]
+    label_points(plot, places, words, lines=bars)
     return plot.svg()
 
 

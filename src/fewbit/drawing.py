@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fewbit.console import human_bytes, human_seconds
+from fewbit.labels import Box, Surroundings, place, thin_box
 
 Points = Sequence[tuple[float, float]]
 Series = Mapping[str, Sequence[tuple[int, float]]]
@@ -139,6 +140,27 @@ class Plot:
             parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{frame.top}" y2="{frame.bottom}"/>')
             parts.append(f'<text x="{x}" y="{frame.bottom + 19}" text-anchor="middle">{_tick(value)}</text>')
         return parts
+
+
+def label_points(
+    plot: Plot,
+    places: Points,
+    names: Sequence[str],
+    obstacles: Sequence[Box] = (),
+    lines: Sequence[tuple[tuple[float, float], tuple[float, float]]] = (),
+) -> None:
+    """Put a name beside every point, off `obstacles` and rather not across `lines`, with a line to it where it had to
+    move away; everything in picture coordinates."""
+    frame = plot.frame
+    inner = Box(frame.left + 2, frame.top, frame.right, frame.bottom - 2)
+    around = Surroundings(inner, tuple(obstacles), tuple(thin_box(*ends) for ends in lines))
+    for (x, y), label in zip(places, place(places, names, around), strict=True):
+        if label is None:
+            continue
+        near = label.box.nearest(x, y)
+        if abs(near[0] - x) + abs(near[1] - y) > 16:
+            plot.path([(x, y), near], "leader")
+        plot.text(round(label.box.left, 1), label.baseline, label.words, "start", "ink")
 
 
 def picture(width: float, height: float, label: str, marks: Sequence[str]) -> Markup:

@@ -250,30 +250,6 @@ def test_text_and_lines_have_the_contrast_that_readers_need(report):
 
 
 VIEWS = [(1180, "light"), (1180, "dark"), (700, "light"), (390, "light"), (390, "dark"), (320, "light")]
-OVERLAPS = """() => {
-  const found = [];
-  for (const svg of document.querySelectorAll('svg[role=img]')) {
-    const texts = [...svg.querySelectorAll('text')].filter(t => t.getClientRects().length);
-    const frame = svg.getBoundingClientRect();
-    const boxes = texts.map(t => t.getBoundingClientRect());
-    boxes.forEach((a, i) => {
-      if (a.left < frame.left - 1 || a.right > frame.right + 1 || a.top < frame.top - 1 || a.bottom > frame.bottom + 1)
-        found.push('outside: ' + texts[i].textContent);
-      for (let j = i + 1; j < boxes.length; j++) {
-        const b = boxes[j], slack = 1.5;
-        if (a.left + slack < b.right && b.left + slack < a.right
-            && a.top + slack < b.bottom && b.top + slack < a.bottom)
-          found.push(texts[i].textContent + ' | ' + texts[j].textContent);
-      }
-      for (const dot of svg.querySelectorAll('circle')) {
-        const d = dot.getBoundingClientRect();
-        if (texts[i].classList.contains('of-ink') && a.left < d.right - 1 && d.left < a.right - 1
-            && a.top < d.bottom - 1 && d.top < a.bottom - 1) found.push('on a point: ' + texts[i].textContent);
-      }
-    });
-  }
-  return found;
-}"""
 
 
 @pytest.fixture
@@ -300,7 +276,7 @@ def look(browser, tmp_path):
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
 @pytest.mark.parametrize("which", ["report", "crowd", "hostile"])
-def test_nothing_overflows_or_overlaps_in_a_browser(request, look, which, width, scheme):
+def test_nothing_overflows_or_overlaps_in_a_browser(request, look, overlaps, which, width, scheme):
     data = hostile(request.getfixturevalue("report")) if which == "hostile" else request.getfixturevalue(which)
     page = look(render_report(data), width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -308,7 +284,7 @@ def test_nothing_overflows_or_overlaps_in_a_browser(request, look, which, width,
       && getComputedStyle(e).position !== 'absolute' && !e.closest('thead')
       && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
     assert page.evaluate(overflowing) == []
-    assert page.evaluate(OVERLAPS) == []
+    assert overlaps(page) == []
     assert page.title() != "hit"
     shown = page.evaluate(
         "[...document.querySelectorAll('.on-wide, .on-narrow')].map(e => getComputedStyle(e).display)"
@@ -326,12 +302,12 @@ def test_dark_readers_get_a_dark_page(look, report):
     assert grounds == ["rgb(255, 255, 255)", "rgb(20, 23, 27)"]
 
 
-def test_a_sheet_of_paper_is_wide_enough(look, report):
+def test_a_sheet_of_paper_is_wide_enough(look, overlaps, report):
     page = look(render_report(report), 700, "light")
     page.emulate_media(media="print")
     assert page.evaluate("document.documentElement.scrollWidth") <= 700
     assert page.evaluate("getComputedStyle(document.querySelector('.cards td')).display") == "table-cell"
-    assert page.evaluate(OVERLAPS) == []
+    assert overlaps(page) == []
 
 
 def test_tables_keep_their_roles_and_their_headings_as_cards_on_a_phone(look, report):

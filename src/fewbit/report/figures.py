@@ -13,9 +13,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fewbit.drawing import NARROW, WIDE, Axis, Frame, Plot, Series, picture, printable
-from fewbit.report.labels import FONT, HEIGHT, Box, Surroundings, place, shorten, width
+from fewbit.drawing import NARROW, WIDE, Axis, Frame, Plot, Series, label_points, picture, printable
+from fewbit.labels import FONT, HEIGHT, Box, Label, shorten, thin_box, width
 
+Place = tuple[float, float]
 TINY = 1e-6
 """A divergence of zero has no place on a logarithmic axis."""
 LEVELS = (3.0, 4.0, 5.0, 7.0, 10.0, 14.0, 20.0)
@@ -70,47 +71,37 @@ def trade_svg(
     level = [reference[score]] if reference is not None else []
     words = f"Size against {title}, one point per model; the table below has the figures"
     plot = Plot(_size_axis(sizes, name), _score_axis([*values, *level], title), words, frame)
-    obstacles, bars = [], []
-    if reference is not None:
-        obstacles.append(_level(plot, reference[score], f"reference: {reference[score]:.4g}"))
-        bars.append((plot.at(plot.x.low, reference[score]), plot.at(plot.x.high, reference[score])))
     places = [plot.at(size, value) for size, value in zip(sizes, values, strict=True)]
     steps = _stairs([place for place, row in zip(places, points, strict=True) if row["name"] in front], frame)
     plot.path(steps, "front")
+    bars = []
     for row, size, value in zip(points, sizes, values, strict=True):
         spread = row["perplexity_stderr"] if score == "perplexity" else None
         plot.dot(size, value, style_of(row), spread)
         bars.append((plot.at(size, value + (spread or 0)), plot.at(size, max(plot.y.low, value - (spread or 0)))))
-    inner = Box(frame.left + 2, frame.top, frame.right, frame.bottom - 2)
-    lines = tuple(_thin(*ends) for ends in [*pairwise(steps), *bars])
-    _label(plot, places, [row["name"] for row in points], Surroundings(inner, tuple(obstacles), lines))
+    obstacles = []
+    if reference is not None:
+        obstacles.append(_level(plot, reference[score], f"reference: {reference[score]:.4g}", bars))
+        bars.append((plot.at(plot.x.low, reference[score]), plot.at(plot.x.high, reference[score])))
+    label_points(plot, places, [row["name"] for row in points], obstacles, [*pairwise(steps), *bars])
     return plot.svg()
 
 
-def _thin(one: tuple[float, float], other: tuple[float, float]) -> Box:
-    """The box of a line across or down."""
-    (x, y), (u, v) = one, other
-    return Box(min(x, u) - 1, min(y, v) - 1, max(x, u) + 1, max(y, v) + 1)
-
-
-def _label(plot: Plot, places: Sequence[tuple[float, float]], names: Sequence[str], around: Surroundings) -> None:
-    """A label for every point, with a line to it where it had to move away."""
-    for (x, y), label in zip(places, place(places, names, around), strict=True):
-        if label is None:
-            continue
-        near = label.box.nearest(x, y)
-        if abs(near[0] - x) + abs(near[1] - y) > 16:
-            plot.path([(x, y), near], "leader")
-        plot.text(round(label.box.left, 1), label.baseline, label.words, "start", "ink")
-
-
-def _level(plot: Plot, value: float, words: str) -> Box:
-    """A line across at one value, its words at the right end, below if there is room; the box that the words take."""
+def _level(plot: Plot, value: float, words: str, bars: Sequence[tuple[Place, Place]]) -> Box:
+    """A line across at one value with words below or above one of its ends, off `bars` if possible; the words' box."""
     plot.line([(plot.x.low, value), (plot.x.high, value)], "normal")
-    x, y = plot.at(plot.x.high, value)
-    top = y + 2 if y + 2 + HEIGHT < plot.frame.bottom else max(plot.frame.top, y - HEIGHT - 1)
-    plot.text(x, round(top + FONT - 1, 1), words, "end", "soft")
-    return Box(x - width(words), min(top, y - 2), x, max(top + HEIGHT, y + 2))
+    frame = plot.frame
+    taken = [thin_box(*bar) for bar in bars]
+    _, y = plot.at(plot.x.high, value)
+    boxes = [
+        Box(left, top, left + width(words), top + HEIGHT)
+        for top in (y + 2, y - HEIGHT - 1)
+        for left in (frame.right - width(words), frame.left + 3)
+        if frame.top <= top and top + HEIGHT <= frame.bottom
+    ]
+    best = min(boxes, key=lambda box: sum(box.overlaps(bar) for bar in taken))
+    plot.text(round(best.left, 1), Label(words, best).baseline, words, "start", "soft")
+    return best
 
 
 def _stairs(corners: Sequence[tuple[float, float]], frame: Frame) -> list[tuple[float, float]]:

@@ -40,6 +40,12 @@ class Box:
         return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
 
 
+def thin_box(one: tuple[float, float], other: tuple[float, float]) -> Box:
+    """The box of a line across or down, from one end to the other."""
+    (x, y), (u, v) = one, other
+    return Box(min(x, u) - 1, min(y, v) - 1, max(x, u) + 1, max(y, v) + 1)
+
+
 @dataclass(frozen=True)
 class Label:
     """Words and the box they take."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbit.drawing import NARROW, WIDE
-from fewbit.report.labels import REACH, Box, Surroundings, place, shorten, shorten_all, width
+from fewbit.labels import REACH, Box, Surroundings, place, shorten, shorten_all, width
 
 FRAMES = {"wide": WIDE, "narrow": NARROW}
 
