@@ -268,9 +268,10 @@ def fingerprint_files(files: list[Path], config: PretrainedConfig) -> str:
 
 
 def strip_quantization(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration without `quantization_config`, since weights are read as plain float32."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    """The same configuration without what says how weights are stored, since they are read as plain float32."""
+    for key in ("quantization_config", "transformers_weights"):
+        if hasattr(config, key):
+            delattr(config, key)
     return config
 
 
