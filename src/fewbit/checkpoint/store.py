@@ -36,7 +36,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedies = {
-            errno.ENOSPC: "free some space or write to another disk; the run continues where it stopped",
+            errno.ENOSPC: "free some space or write to another disk; the same command then goes on or starts again",
             errno.EACCES: "choose a directory you may write to",
             errno.EROFS: "choose a directory that is not read-only",
         }
