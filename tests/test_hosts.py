@@ -11,7 +11,6 @@ import fewbit
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 
-
 compile_ = torch.compile
 
 
