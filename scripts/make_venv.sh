@@ -50,4 +50,6 @@ pip() {
 echo "Installing fewbit into .venv with $("$python" --version) (some 2 GB; 6 GB where the package index has torch with CUDA)"
 # The build tools first: building without isolation keeps them, too, at the versions of constraints.txt.
 pip scikit-build-core nanobind cmake ninja
+# Some requirements of lm-eval come as sources only; their build tools stay out of .venv.
+pip lm-eval
 pip --no-build-isolation -e '.[demo,serve,dev]'

@@ -115,7 +115,6 @@ def test_four_bits_come_close_survive_transformers_and_verify(saved, calibration
     assert (found - expected).norm() < 0.25 * expected.norm()
     packed.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
-    shutil.copyfile(tmp_path / "out" / "fewbit.json", tmp_path / "again" / "fewbit.json")  # transformers knows it not
     assert torch.equal(load(tmp_path / "again", torch.float32)[0](ids).logits, found)
     assert not [name for name, problem in Artifact.open(tmp_path / "out").verify(open_source(directory)) if problem]
 

@@ -53,7 +53,7 @@ class FewbitQuantizer(HfQuantizer):
         return config
 
     def update_tp_plan(self, config: Any) -> Any:
-        """The same for releases of transformers before 5.20 or so, which call this one."""
+        """The same for the first releases of transformers 5, which call this one alone."""
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
