@@ -52,6 +52,7 @@ def environment(**changes: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_ADDRESS": "local",  # no cluster that somebody else has started here
         **changes,
     }
     # Set for the tests of kernels; vLLM would take it as a wish of its user.
