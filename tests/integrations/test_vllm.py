@@ -51,7 +51,9 @@ def environment(**changes: str) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(START_SECONDS),  # the first step may trace or compile
         "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_ADDRESS": "local",  # no cluster that somebody else has started here
         **changes,
     }
     # Set for the tests of kernels; vLLM would take it as a wish of its user.
