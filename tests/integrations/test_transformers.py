@@ -94,6 +94,7 @@ def test_a_tied_table_is_stored_once_and_read_by_both_ends(checkpoints):
     assert isinstance(model.lm_head, TiedHead)
 
 
+@torch.no_grad()
 @ALL
 def test_saving_again_gives_a_checkpoint_that_everything_takes(checkpoints, tmp_path, name):
     from safetensors.torch import load_file
@@ -133,6 +134,7 @@ def test_a_copy_in_another_dtype_records_its_own_tensors(checkpoints, tmp_path):
     assert load(tmp_path / "again")[0](IDS).logits.dtype == torch.bfloat16
 
 
+@torch.no_grad()
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_generate_is_greedy_over_the_models_own_logits(checkpoints, name, dtype):
@@ -176,12 +178,13 @@ def test_formats_without_kernels_compile_too(tiny_models, tmp_path, code):
         torch.testing.assert_close(found, model(IDS).logits, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "biased-twin"])
 def test_compiled_machine_code_generates_the_same_tokens(checkpoints, name):
     model = from_pretrained(checkpoints / name)
     options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    expected, logits = model.generate(IDS, **options), model(IDS).logits.detach()
+    expected, logits = model.generate(IDS, **options), model(IDS).logits
     model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=1e-5)
@@ -195,6 +198,7 @@ OFFLOADED = {
 }
 
 
+@torch.no_grad()
 @ALL
 @pytest.mark.parametrize("where", ["cpu", "auto", *OFFLOADED])
 @pytest.mark.parametrize("offload_buffers", [False, True])
