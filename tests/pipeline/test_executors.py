@@ -91,6 +91,18 @@ def test_a_job_does_not_depend_on_the_number_of_threads(make_tiny, tmp_path, cod
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_killed_when_all_is_done_does_not_keep_the_pool_from_closing(jobs, index):
+    before = multiprocessing.active_children()
+    executor = ProcessExecutor(2)
+    assert len(list(executor.run(jobs))) == len(jobs)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    # One of the two idle workers holds the queue's lock.
+    os.kill(workers[index].pid, signal.SIGKILL)
+    executor.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
 def test_a_worker_killed_in_flight_is_replaced(jobs):
     for job in jobs:
         round_tensor(job)

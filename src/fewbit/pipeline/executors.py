@@ -23,6 +23,7 @@ from fewbit.pipeline.jobs import RoundJob, round_tensor
 
 EXECUTORS = ("serial", "process", "ray")
 RETRIES = 3
+SECONDS_TO_END = 10.0  # that an idle worker has to end by itself
 CONNECT_SECONDS = 10
 
 
@@ -77,9 +78,16 @@ class ProcessExecutor:
                     ) from error
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        if self._pool is None:
+            return
+        pool, self._pool = self._pool, None
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        # An idle worker that was killed may have held the lock of the queue, and then the others wait for it for ever.
+        # Whatever a worker still does at this point is not wanted any more, or can be done again.
+        for worker in workers:
+            worker.join(SECONDS_TO_END)
+            worker.kill()
 
 
 def _use_threads(count: int) -> None:
