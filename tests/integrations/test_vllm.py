@@ -41,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent.parent / "docs" / "hosts.md"
 START_SECONDS = 1500  # for an engine to start, compile and answer on a busy machine
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 3, 50]]
+TEXTS = [[504, 3575, 282, 4649, 314], [12615, 36411, 418]]  # "The capital of France is", "Water boils at" in SmolLM2
 TOKENS = 12
 TIE = 0.02  # nats
 TRACED = {"VLLM_CPU_CI_ENV": "1"}  # graphs are traced and run as they are: to compile them takes minutes
@@ -61,9 +62,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | settings
 
 
-def ask(path: Path, changes: dict[str, str] | None = None, **engine) -> subprocess.CompletedProcess:
+def ask(path: Path, changes: dict[str, str] | None = None, prompts=PROMPTS, **engine) -> subprocess.CompletedProcess:
     settings = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "skip_tokenizer_init": True, **engine}
-    asked = {"engine": {"model": str(path), **settings}, "prompts": PROMPTS, "tokens": TOKENS}
+    asked = {"engine": {"model": str(path), **settings}, "prompts": prompts, "tokens": TOKENS}
     ranks = engine.get("tensor_parallel_size", 1)
     # One memory node with a core for each rank; vLLM leaves a core free by itself and would find too few.
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
@@ -77,8 +78,8 @@ def ask(path: Path, changes: dict[str, str] | None = None, **engine) -> subproce
     )
 
 
-def answers_of(path: Path, changes: dict[str, str] | None = None, **engine) -> list[dict]:
-    done = ask(path, changes, **engine)
+def answers_of(path: Path, changes: dict[str, str] | None = None, prompts=PROMPTS, **engine) -> list[dict]:
+    done = ask(path, changes, prompts, **engine)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
@@ -94,11 +95,11 @@ def predictions(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     return torch.stack(found)
 
 
-def check_answers(path: Path, answers: list[dict], dtype: torch.dtype = torch.float32, tie: float = TIE) -> None:
+def check_answers(path: Path, answers: list[dict], prompts=PROMPTS, tie: float = TIE) -> None:
     """Every token is the one that transformers finds most probable after the ones before it, but for ties."""
-    model, _ = load(path, dtype)
+    model, _ = load(path, torch.float32)
     equal = 0
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer["tokens"]) == TOKENS
         expected = predictions(model, prompt, answer["tokens"])
         found = expected.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
@@ -106,8 +107,8 @@ def check_answers(path: Path, answers: list[dict], dtype: torch.dtype = torch.fl
         assert lost.max() <= tie, (lost, answer)
         torch.testing.assert_close(torch.tensor(answer["logprobs"]), found, rtol=0, atol=2 * tie)
         equal += int((lost == 0).sum())
-    print(f"{equal} of {TOKENS * len(PROMPTS)} tokens are equal")
-    assert equal >= TOKENS * len(PROMPTS) - 2
+    print(f"{equal} of {TOKENS * len(prompts)} tokens are equal")
+    assert equal >= TOKENS * len(prompts) - 2
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +136,11 @@ def toys(make_tiny, add_tokenizer, calibration_text, tmp_path_factory) -> dict[s
 
 @pytest.fixture(scope="module")
 def smollm2_dirs(smollm2_source, tmp_path_factory) -> Path:
-    """A directory with SmolLM2 135M as "smollm2-3bit" and "smollm2-twin", rounded without calibration."""
+    """A directory with SmolLM2 135M as "smollm2-3bit" (itq3_s) and "smollm2-4bit" (twinquant), without calibration."""
     root = tmp_path_factory.mktemp("smollm2")
     source = smollm2_source.path
     quantize(source, root / "smollm2-3bit", QuantizeOptions(rounding="nearest"))
-    quantize(source, root / "smollm2-twin", QuantizeOptions(format="twinquant", rounding="nearest"))
+    quantize(source, root / "smollm2-4bit", QuantizeOptions(format="twinquant", rounding="nearest"))
     return root
 
 
@@ -200,9 +201,10 @@ def test_a_control_without_kernels_is_decoded_once(toys):
     check_answers(toys["ternary"], answers_of(toys["ternary"], enforce_eager=True))
 
 
-@pytest.mark.parametrize("name", ["smollm2-3bit", "smollm2-twin"])
+@pytest.mark.parametrize("name", ["smollm2-3bit", "smollm2-4bit"])
 def test_a_real_model_gives_the_tokens_of_transformers(smollm2_dirs, name):
-    check_answers(smollm2_dirs / name, answers_of(smollm2_dirs / name, TRACED))
+    # Thirty layers make more of the same noise than two.
+    check_answers(smollm2_dirs / name, answers_of(smollm2_dirs / name, TRACED, prompts=TEXTS), TEXTS, tie=5 * TIE)
 
 
 def test_more_ranks_than_the_checkpoint_allows_are_an_error_that_names_the_allowed(tiny_models, tmp_path):
