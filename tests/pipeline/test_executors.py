@@ -50,9 +50,12 @@ def jobs(tiny_models, tmp_path) -> list[RoundJob]:
 
 
 def shards(jobs: list[RoundJob]) -> dict[str, tuple[str, dict[str, str]]]:
-    """What the shards that jobs wrote hold; they are taken away. (safetensors orders metadata by chance.)"""
+    """What the shards that jobs wrote hold; they are taken away. (safetensors orders metadata by chance.)
+
+    A worker that was killed may leave a file under a temporary name, which no run reads.
+    """
     found = {}
-    for path in (Path(jobs[0].work) / "shards").iterdir():
+    for path in (Path(jobs[0].work) / "shards").glob("[!.]*"):
         tensors, metadata = read_tensors(path)
         found[path.name] = (tensors_hash(tensors), metadata)
         path.unlink()

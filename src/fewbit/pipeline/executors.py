@@ -88,6 +88,7 @@ class ProcessExecutor:
         for worker in workers:
             worker.join(SECONDS_TO_END)
             worker.kill()
+            worker.join()
 
 
 def _use_threads(count: int) -> None:
