@@ -3,7 +3,7 @@
 Every token of vLLM is checked against what transformers predicts when it takes the same steps. It has to be the most
 probable one, but for ties: inputs are rounded to 8 bits, so that where two engines add floats in another order, some of
 them fall to the other side. What that is worth is measured with transformers alone, whose looked-up embeddings are
-changed by 1e-7 of themselves: on toys up to a hundredth of a nat, but on SmolLM2, rounded to 3 bits without calibration,
+changed by 1e-7 of themselves: on toys up to a hundredth of a nat, but on SmolLM2 rounded to 3 bits, not calibrated,
 up to 0.4 nats, and one token in six becomes another.
 """
 
