@@ -1,9 +1,10 @@
 """fewbit checkpoints inside vLLM; `make test-vllm` makes the environment for it. Engines run in processes of their own.
 
-Inputs are rounded to 8 bits, which turns differences of float sums, 1e-7, into larger ones here and there: on SmolLM2
-transformers itself gives log-probabilities that differ by up to 0.18 nats between one forward of a text and steps with
-a cache. So every token of vLLM is checked against what transformers predicts when it takes the same steps: it has to be
-the most probable one, or as good as that within TIE.
+Every token of vLLM is checked against what transformers predicts when it takes the same steps. It has to be the most
+probable one, but for ties: inputs are rounded to 8 bits, so that where two engines add floats in another order, some of
+them fall to the other side. What that is worth is measured with transformers alone, whose looked-up embeddings are
+changed by 1e-7 of themselves: on toys up to a hundredth of a nat, but on SmolLM2 rounded to 3 bits, not calibrated,
+up to 0.4 nats, and one token in six becomes another.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ START_SECONDS = 1500  # for an engine to start, compile and answer on a busy mac
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 3, 50]]
 TEXTS = [[504, 3575, 282, 4649, 314], [12615, 36411, 418]]  # "The capital of France is", "Water boils at" in SmolLM2
 TOKENS = 12
-TIE = 0.02  # nats
+TIE = 0.02  # nats by which a token may be worse than the best, where float noise is worth less
+NOISE = 1e-7
 TRACED = {"VLLM_CPU_CI_ENV": "1"}  # graphs are traced and run as they are: to compile them takes minutes
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
 
@@ -84,31 +86,36 @@ def answers_of(path: Path, changes: dict[str, str] | None = None, prompts=PROMPT
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
 
-def predictions(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+def predictions(model, prompt: list[int], tokens: list[int], noise: float = 0.0) -> torch.Tensor:
     """Log-probabilities `[tokens, vocabulary]` where each token is chosen: the prompt at once, then step by step."""
     found, cache = [], None
+    table = model.get_input_embeddings()
+    hook = table.register_forward_hook(lambda _module, _ids, rows: rows * (1 + noise * torch.randn_like(rows)))
     for ids in (prompt, *([token] for token in tokens[:-1])):
         with torch.inference_mode():
             output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         found.append(output.logits[0, -1].float().log_softmax(-1))
+    hook.remove()
     return torch.stack(found)
 
 
 def check_answers(path: Path, answers: list[dict], prompts=PROMPTS, tie: float = TIE) -> None:
     """Every token is the one that transformers finds most probable after the ones before it, but for ties."""
     model, _ = load(path, torch.float32)
-    equal = 0
+    torch.manual_seed(0)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer["tokens"]) == TOKENS
+        chosen = torch.tensor(answer["tokens"])[:, None]
         expected = predictions(model, prompt, answer["tokens"])
-        found = expected.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
-        lost = expected.amax(-1) - found
-        assert lost.max() <= tie, (lost, answer)
-        torch.testing.assert_close(torch.tensor(answer["logprobs"]), found, rtol=0, atol=2 * tie)
-        equal += int((lost == 0).sum())
-    print(f"{equal} of {TOKENS * len(prompts)} tokens are equal")
-    assert equal >= TOKENS * len(prompts) - 2
+        found = expected.gather(1, chosen)
+        noisy = [predictions(model, prompt, answer["tokens"], NOISE).gather(1, chosen) - found for _ in range(4)]
+        noise = float(torch.stack(noisy).abs().max())
+        lost = (expected.amax(-1, keepdim=True) - found).max()
+        apart = (torch.tensor(answer["logprobs"])[:, None] - found).abs().max()
+        print(f"{path.name}: worse by {lost:.4f}, apart by {apart:.4f}, float noise is {noise:.4f} nats")
+        assert lost <= max(tie, 2 * noise)
+        assert apart <= 2 * max(tie, noise)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +210,7 @@ def test_a_control_without_kernels_is_decoded_once(toys):
 
 @pytest.mark.parametrize("name", ["smollm2-3bit", "smollm2-4bit"])
 def test_a_real_model_gives_the_tokens_of_transformers(smollm2_dirs, name):
-    # Thirty layers make more of the same noise than two.
-    check_answers(smollm2_dirs / name, answers_of(smollm2_dirs / name, TRACED, prompts=TEXTS), TEXTS, tie=5 * TIE)
+    check_answers(smollm2_dirs / name, answers_of(smollm2_dirs / name, TRACED, prompts=TEXTS), TEXTS)
 
 
 def test_more_ranks_than_the_checkpoint_allows_are_an_error_that_names_the_allowed(tiny_models, tmp_path):
