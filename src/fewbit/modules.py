@@ -53,6 +53,7 @@ class PackedTensor(nn.Module):
         self._gpu: tuple[GpuMatrix, ...] = ()
         self._spec_text = spec_text(self.spec)
         self._part_names = tuple(description.layout())
+        self._stored_names = tuple(get_format(self.spec.format).layout(self.spec))  # without the signs
         for name, (shape, dtype) in description.layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=torch_dtype(dtype)))
 
@@ -117,7 +118,7 @@ class PackedTensor(nn.Module):
         """`W'`, float32 `[N, K]`, on the inputs' rotated axes."""
         parts = self.parts()
         if torch.compiler.is_compiling():
-            return torch.ops.fewbit.decode(list(parts.values()), list(parts), self._spec_text)
+            return torch.ops.fewbit.decode([parts[name] for name in self._stored_names], self._spec_text)
         return get_format(self.spec.format).dequantize(parts, self.spec)
 
     def rotate_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +131,7 @@ class PackedTensor(nn.Module):
         """Whether the operators multiply with the packed parts where they are; otherwise weights are decoded."""
         if self.spec.block == 1 and self.spec.format != "twinquant":
             return False
-        if self._buffers[self._part_names[0]].device.type != "cpu":  # type: ignore[union-attr]
+        if self.qweight.device.type != "cpu":
             return self._on_gpu()
         return self.spec.format == "trellis" or (self.spec.format == "twinquant" and self.spec.act_bits != PLAIN)
 
@@ -256,21 +257,9 @@ class FewbitEmbedding(PackedTensor):
     def forward(self, ids: torch.Tensor, as_head: bool = False) -> torch.Tensor:
         if as_head:
             return self.product(ids, None)
-        spec = self.spec
-        return torch.ops.fewbit.lookup(
-            ids,
-            [getattr(self, name) for name in self._part_names if name != "signs"],
-            self.signs if spec.block > 1 else None,
-            spec.format,
-            spec.rows,
-            spec.cols,
-            spec.bits,
-            spec.block,
-            spec.group,
-            self.code,
-            self.multiplier,
-            self.dtype,
-        )
+        stored = [getattr(self, name) for name in self._stored_names]
+        signs = self.signs if self.spec.block > 1 else None
+        return torch.ops.fewbit.lookup(ids, stored, signs, self._spec_text, self.code, self.multiplier, self.dtype)
 
 
 class TiedHead(nn.Module):

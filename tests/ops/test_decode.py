@@ -33,7 +33,8 @@ def test_the_operator_gives_what_the_format_decodes(table, placed):
         module.place()
     rows = torch.tensor([49, 0, 17, 17, 3])
     stored = module.parts()
-    decode = (list(stored.values()), list(stored), spec_text(module.spec))
+    in_order = [stored[name] for name in get_format(module.spec.format).layout(module.spec)]
+    decode = (in_order, spec_text(module.spec))
     assert torch.equal(torch.ops.fewbit.decode(*decode), rotated)
     torch.testing.assert_close(module(rows), plain[rows], rtol=0, atol=1e-6)
     torch.library.opcheck(torch.ops.fewbit.decode, decode)

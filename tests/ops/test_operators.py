@@ -6,7 +6,7 @@ import torch
 from fewbit.formats import get_format
 from fewbit.formats.trellis import load_tables
 from fewbit.math.hadamard import pack_signs, random_signs, rotate
-from fewbit.ops import cpu, layouts, lookup, reference
+from fewbit.ops import cpu, decode, layouts, reference
 from fewbit.ops.extension import load_native
 
 native = load_native()
@@ -356,11 +356,11 @@ def test_lookup_gives_the_rows_of_the_plain_weight_and_compiles(name):
         codes, code = layouts.to_lanes(codes, 4, 2), "lanes"
     packed = None if signs is None else pack_signs(signs)
     table = [codes if part == "codes" else parts[part] for part in fmt.layout(spec)]
-    rest = (table, packed, name, 40, 192, spec.bits, spec.block, spec.group, code, 2.0, torch.float32)
+    rest = (table, packed, decode.spec_text(spec), code, 2.0, torch.float32)
     ids = torch.tensor([[3, 39, 3], [0, 17, 16]])
     torch.testing.assert_close(ops.lookup(ids, *rest), 2 * plain[ids])
     many = ids.repeat(50, 3).flatten()
-    torch.testing.assert_close(lookup.rows_of_all(many, parts, packed, spec), plain[many])
+    torch.testing.assert_close(decode.rows_of_all(many, parts, packed, spec), plain[many])
     torch.library.opcheck(ops.lookup, (ids, *rest))
     compiled = torch.compile(lambda ids: ops.lookup(ids, *rest) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), ops.lookup(ids, *rest) + 1)

@@ -13,7 +13,6 @@ import torch
 
 from fewbit.ops import reference, schemas
 from fewbit.ops.extension import load_native
-from fewbit.ops.lookup import lookup
 from fewbit.ops.schemas import FLOATS as FLOATS
 
 NATIVE_FLOATS = (torch.float32, torch.bfloat16)
@@ -264,7 +263,6 @@ for _name, _native, _reference in (
     ("linear_inverse", linear_inverse, reference.linear_inverse),
     ("linears", linears, reference.linears),
     ("twin_linear", twin_linear, reference.twin_linear),
-    ("lookup", lookup, lookup),
 ):
     torch.library.impl(f"fewbit::{_name}", "CPU")(_native)
     torch.library.impl(f"fewbit::{_name}", "CompositeExplicitAutograd")(_reference)

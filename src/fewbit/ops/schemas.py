@@ -63,11 +63,6 @@ torch.library.define(
     "(Tensor x, Tensor down_codes, Tensor down_scales, Tensor down_scale, Tensor codes, Tensor scales, "
     "Tensor tensor_scale, Tensor? signs, Tensor? bias, int block, int act_bits=8, Tensor? shift=None) -> Tensor",
 )
-torch.library.define(
-    "fewbit::lookup",
-    "(Tensor ids, Tensor[] parts, Tensor? signs, str format, int rows, int cols, int bits, int block, int group, "
-    "str code, float multiplier, ScalarType dtype) -> Tensor",
-)
 
 
 def require(condition: bool, message: str) -> None:
@@ -447,21 +442,3 @@ def _twin_linear(
     check_twin(x.shape[-1], (down_codes, down_scales, down_scale), (codes, scales, tensor_scale), bias)
     check_inputs_of(x, signs, block, down_scales.shape[1], act_bits, shift)
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
-
-
-@torch.library.register_fake("fewbit::lookup")
-def _lookup(
-    ids: torch.Tensor,
-    parts: list[torch.Tensor],
-    signs: torch.Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    bits: int,
-    block: int,
-    group: int,
-    code: str,
-    multiplier: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return ids.new_empty((*ids.shape, cols), dtype=dtype)
