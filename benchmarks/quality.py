@@ -50,6 +50,8 @@ ROWS = {
     "ternary, no tuning": QuantizeOptions(code="ternary", head="bf16", tune=False),
     "iq3_s code": QuantizeOptions(code="iq3_s", head="bf16"),
     "iq3_s code, no tuning": QuantizeOptions(code="iq3_s", head="bf16", tune=False),
+    "trellis 2 bits": QuantizeOptions(bits=2, head="bf16"),
+    "trellis, 3.25 bits by sensitivity": QuantizeOptions(head="bf16", bits=3.25),
     "trellis 4 bits": QuantizeOptions(bits=4, head="bf16"),
     "trellis 4 bits, no tuning": QuantizeOptions(bits=4, head="bf16", tune=False),
 }

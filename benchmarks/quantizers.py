@@ -27,11 +27,25 @@ from fewbit.loading import load_any
 from fewbit.models import Family, get_family
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
 
-MIXES = ("Q3_K_M", "IQ3_S", "Q4_K_M")  # and "pure TYPE"
+MIXES = {
+    "Q2_K": "Q2_K",
+    "IQ2_M": "IQ2_S",
+    "Q3_K_M": "Q3_K",
+    "IQ3_S": "IQ3_S",
+    "IQ4_XS": "IQ4_XS",
+    "Q4_K_M": "Q4_K",
+}
+"""The type that each mix has for most linears; "pure TYPE" is no mix."""
 WINDOW = 512
 OPTIONS = {"CMAKE_POSITION_INDEPENDENT_CODE": "ON", "GGML_NATIVE": "OFF"}
 # Types with blocks of 32 for rows that blocks of 256 do not divide (llama.cpp's tensor_type_fallback).
-FALLBACK = {"IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACK = {
+    **dict.fromkeys(("IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_K", "Q3_K"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 OTHER_BITS = 16  # of a weight outside the decoder layers' linears
 
 
@@ -58,16 +72,26 @@ def mixed_type(mix: str, role: str, layer: int, layers: int, queries_per_key: in
     favoured = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
     if mix.startswith("pure "):
         return mix.removeprefix("pure ")
-    if mix == "Q3_K_M":
-        larger = {"v_proj": 2, "down_proj": layers // 16}  # layers that have Q5_K
-        if role in larger:
-            return "Q5_K" if layer < larger[role] else "Q4_K"
-        return "Q4_K" if role == "o_proj" else "Q3_K"
-    if mix == "IQ3_S":
-        return "Q4_K" if role == "v_proj" and queries_per_key >= 4 else "IQ3_S"
-    if mix == "Q4_K_M":
-        return "Q6_K" if role in ("v_proj", "down_proj") and favoured else "Q4_K"
-    raise ValueError(f"no mix '{mix}': known are {', '.join(MIXES)} and 'pure TYPE'")
+    if mix not in MIXES:
+        raise ValueError(f"no mix '{mix}': known are {', '.join(MIXES)} and 'pure TYPE'")
+    shared = queries_per_key >= 4  # few value heads, which take larger types
+    apart = {
+        "Q2_K": {"v_proj": "Q4_K" if shared else "Q3_K", "o_proj": "Q3_K", "down_proj": "Q3_K"},
+        "IQ2_M": {
+            "v_proj": "Q4_K" if shared else "IQ3_S",
+            "o_proj": "IQ3_S",
+            "down_proj": "IQ3_S" if layer < eighth else "IQ2_S",
+        },
+        "Q3_K_M": {
+            "v_proj": "Q5_K" if layer < 2 else "Q4_K",
+            "o_proj": "Q4_K",
+            "down_proj": "Q5_K" if layer < layers // 16 else "Q4_K",
+        },
+        "IQ3_S": {"v_proj": "Q4_K" if shared else "IQ3_S"},
+        "IQ4_XS": {"v_proj": "Q5_K" if shared else "IQ4_XS"},
+        "Q4_K_M": dict.fromkeys(("v_proj", "down_proj"), "Q6_K" if favoured else "Q4_K"),
+    }
+    return apart[mix].get(role, MIXES[mix])
 
 
 def fitting_type(kind: str, cols: int) -> str:

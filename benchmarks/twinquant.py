@@ -28,10 +28,15 @@ from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
 from fewbit.pipeline.run import quantize
 
 BASE = QuantizeOptions(format="twinquant", head="bf16")
+RANKS = (32, 64, 256)  # beside the usual 128
 STEPS = {
     **{step: ablated(BASE, step) for step in ABLATIONS},
     "full, not tuned": replace(BASE, tune=False),
     "full, not learned, not tuned": replace(BASE, learn=False, tune=False),
+    **{
+        f"full, rank {rank}, not learned, not tuned": replace(BASE, rank=rank, learn=False, tune=False)
+        for rank in RANKS
+    },
     "full, no branch": replace(BASE, rank=0),
     "full, no branch, not learned, not tuned": replace(BASE, rank=0, learn=False, tune=False),
     "Hadamard + GPTQ": replace(BASE, rank=0, smooth=False, center=False, learn=False, tune=False),

@@ -84,6 +84,12 @@ def importance():
 @pytest.mark.parametrize(
     ("mix", "layers", "queries_per_key", "counts"),
     [
+        ("Q2_K", 30, 3, {"Q2_K": 120, "Q3_K": 90}),
+        ("Q2_K", 28, 6, {"Q2_K": 112, "Q3_K": 56, "Q4_K": 28}),
+        ("IQ2_M", 30, 3, {"IQ2_S": 147, "IQ3_S": 63}),
+        ("IQ2_M", 28, 6, {"IQ2_S": 137, "IQ3_S": 31, "Q4_K": 28}),
+        ("IQ4_XS", 30, 3, {"IQ4_XS": 210}),
+        ("IQ4_XS", 28, 6, {"IQ4_XS": 168, "Q5_K": 28}),
         ("Q3_K_M", 30, 3, {"Q3_K": 120, "Q4_K": 87, "Q5_K": 3}),
         ("Q3_K_M", 28, 6, {"Q3_K": 112, "Q4_K": 81, "Q5_K": 3}),
         ("IQ3_S", 30, 3, {"IQ3_S": 210}),
@@ -106,7 +112,7 @@ def test_larger_types_go_to_the_first_and_last_layers_and_every_third_between(qu
 
 
 def test_an_unknown_mix_is_refused_with_the_known_ones(quantizers):
-    with pytest.raises(ValueError, match=r"no mix 'Q9_K': known are Q3_K_M"):
+    with pytest.raises(ValueError, match=r"no mix 'Q9_K': known are Q2_K"):
         quantizers.mixed_type("Q9_K", "q_proj", 0, 30, 3)
 
 
@@ -116,6 +122,8 @@ def test_an_unknown_mix_is_refused_with_the_known_ones(quantizers):
         ("Q3_K", 1536, "Q3_K"),
         ("Q3_K", 576, "Q4_0"),
         ("IQ3_S", 576, "IQ4_NL"),
+        ("IQ2_S", 576, "IQ4_NL"),
+        ("Q2_K", 576, "Q4_0"),
         ("Q6_K", 576, "Q8_0"),
         ("Q4_K", 72, "F16"),
         ("F16", 72, "F16"),
