@@ -8,7 +8,7 @@ goes on at the tensor where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fewbit.checkpoint.artifact import QuantizedModule
 from fewbit.checkpoint.store import write_tensors
 from fewbit.errors import CorruptFile
 from fewbit.formats import get_format
+from fewbit.models.base import SharedInput
 from fewbit.modules import FewbitLinear
 from fewbit.pipeline.batches import BatchFiles
 from fewbit.pipeline.calibrate import InputAxes, InputCollector, LayerStream
@@ -44,15 +45,16 @@ class Body:
         self.progress = progress
         self.sequential = bool(plan.options["sequential"])
         self.hidden = BatchFiles(work / "hidden")
-        self.spilled = BatchFiles(work / "spilled")
+        self.inputs = BatchFiles(work / "inputs")
         self.resumed = 0
         self._replaced: dict[str, nn.Module] = {}
+        self._rounded: list[PlannedTensor] = []  # linears of this layer whose inputs are kept
 
     def run(self) -> None:
         """Round every layer that is not yet done; afterwards the hidden states behind the last layer are on disk."""
         start = self._start()
-        steps = 2 * len(self.stream.batches) * (len(self.stream) - start)
-        self.progress.stage("calibrating and rounding the layers", steps)
+        passes = sum(self._passes(index) for index in range(start, len(self.stream)))
+        self.progress.stage("calibrating and rounding the layers", passes * len(self.stream.batches))
         for index in range(start, len(self.stream)):
             prefix = f"{self.stream.family.layers}.{index}"
             self.stream.load(prefix)
@@ -94,24 +96,37 @@ class Body:
     def _module(self, tensor: PlannedTensor) -> nn.Module:
         return self.stream.model.get_submodule(tensor.module)
 
+    def _passes(self, index: int) -> int:
+        """How often the calibration text goes through a layer, or through a part of it."""
+        return 1 + (len(self._groups(index)) if self.sequential else 0)
+
     def _sequential_layer(self, index: int) -> None:
-        stages = self._groups(index)
-        for number, groups in enumerate(stages):
-            if number == len(stages) - 1 and self._adds_to_stream(groups):
-                self._last_stage(index, groups[0])
-                return
-            self._round(groups, partial(self._measure, index, groups))
+        for groups in self._groups(index):
+            kept = self._ends_block(groups)
+            measure = partial(self._measure, index, groups, kept)
+            if not self._round(groups, measure):
+                if kept:
+                    # The shards of a run that was killed are there, but not these inputs.
+                    measure()
+                else:
+                    self.progress.advance(len(self.stream.batches))
+            if kept:
+                self._rounded.append(groups[0][0])
         with self.hidden.writing(index + 1) as write:
             for number in range(len(self.stream.batches)):
-                hidden = self.hidden.read(index, number)["hidden"]
-                write(number, {"hidden": self.stream.run_layer(index, hidden)})
-                self.progress.advance()
+                write(number, {"hidden": self._run_layer(index, number)})
+        for place in range(len(self._rounded)):
+            self.inputs.discard(place)
+        self._rounded.clear()
 
-    def _adds_to_stream(self, groups: list[Group]) -> bool:
-        """Whether the stage is the family's last linear, and its output is added to the stream and that is all."""
-        inputs, place = self.stream.family.inputs, int(groups[0][0].shared_input.split(".")[1])
-        alone = len(groups) == 1 and len(groups[0]) == 1 and "*" not in inputs[place].linears[0]
-        return alone and place == len(inputs) - 1 and inputs[place].writes_residual
+    def _shared(self, group: Group) -> SharedInput:
+        return self.stream.family.inputs[int(group[0].shared_input.split(".")[1])]
+
+    def _ends_block(self, groups: list[Group]) -> bool:
+        """Whether the stage is one linear whose output is that of the attention, or of the feed-forward block."""
+        alone = len(groups) == 1 and len(groups[0]) == 1
+        shared = self._shared(groups[0])
+        return alone and shared.writes_residual and "*" not in shared.linears[0]
 
     def _independent_layer(self, index: int) -> None:
         """All inputs measured at once in the full layer, which is also what the next layers see."""
@@ -124,48 +139,24 @@ class Body:
                     for number in range(len(self.stream.batches)):
                         hidden = self.hidden.read(index, number)["hidden"]
                         write(number, {"hidden": self.stream.run_layer(index, hidden)})
-                        self.progress.advance(2)
+                        self.progress.advance()
                 return collector
 
             if not self._round(groups, measure, install=False):
                 measure()
 
-    def _last_stage(self, index: int, group: Group) -> None:
-        """Measure and round the layer's last linear, and run it alone on its inputs, which go through files.
-
-        With its output left out a layer returns the stream that the output is added to, so nothing of the layer
-        is computed twice. The inputs are kept in bfloat16: they are many, and their rounding is far below the
-        linear's own.
-        """
-        module: Any = self._module(group[0])
-
-        def measure() -> InputCollector:
-            with self._collector([group]) as collector:
-                self._spill(index, module)
-            return collector
-
-        done = read_shard(self.work, self.plan, group[0]) is not None
-        if done:
-            self._spill(index, module)
-        self._round([group], measure)
-        with self.hidden.writing(index + 1) as write:
-            for number in range(len(self.stream.batches)):
-                parts = self.spilled.read(0, number)
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.stream.dtype == torch.bfloat16):
-                    output = self._module(group[0])(parts["inputs"].float())
-                write(number, {"hidden": parts["stream"] + output.view(parts["stream"].shape)})
-                self.progress.advance()
-        self.spilled.discard(0)
-
-    def _spill(self, index: int, module: Any) -> None:
-        """Run the layer without the output of `module`, and keep the stream and the module's inputs in files."""
-        with self.spilled.writing(0) as write:
-            for number in range(len(self.stream.batches)):
-                inputs: list[torch.Tensor] = []
-                with _without_output(module, inputs):
-                    stream = self.stream.run_layer(index, self.hidden.read(index, number)["hidden"])
-                write(number, {"stream": stream, "inputs": inputs[0].to(torch.bfloat16)})
-                self.progress.advance()
+    def _run_layer(self, index: int, number: int, stop: nn.Module | None = None) -> torch.Tensor:
+        """Run a batch through the layer, or up to the input of `stop`; blocks whose last linear is rounded are not
+        computed again, as that linear's inputs are kept."""
+        hidden = self.hidden.read(index, number)["hidden"]
+        with ExitStack() as known:
+            for place, tensor in enumerate(self._rounded):
+                inputs = self.inputs.read(place, number)["inputs"].float()
+                with_weights = self._shared([tensor]).values is not None
+                known.enter_context(_block_of(self.stream.model, tensor.module, inputs, with_weights))
+            result = self.stream.run_layer(index, hidden, stop)
+        self.progress.advance()
+        return result
 
     def _collector(self, groups: list[Group]) -> InputCollector:
         axes = {}
@@ -178,13 +169,22 @@ class Body:
         linears = [(group[0].shared_input, self._module(group[0])) for group in groups]
         return InputCollector(linears, axes, self.stream.dtype)
 
-    def _measure(self, index: int, groups: list[Group]) -> InputCollector:
-        """Run the layer as far as the inputs of `groups`."""
+    def _measure(self, index: int, groups: list[Group], kept: bool) -> InputCollector:
+        """Run the layer as far as the inputs of `groups`, which with `kept` go into files.
+
+        They are kept in bfloat16: they are many, and their rounding is far below the linear's own.
+        """
         # The experts' inputs come one after the other, so only a single input ends the pass early.
         stop = self._module(groups[0][0]) if len(groups) == 1 else None
-        with self._collector(groups) as collector:
+        with self._collector(groups) as collector, ExitStack() as files:
+            write = files.enter_context(self.inputs.writing(len(self._rounded))) if kept else None
+            seen: list[torch.Tensor] = []
+            if kept and stop is not None:
+                files.enter_context(_noting(stop, seen))
             for number in range(len(self.stream.batches)):
-                self.stream.run_layer(index, self.hidden.read(index, number)["hidden"], stop)
+                self._run_layer(index, number, stop)
+                if write is not None:
+                    write(number, {"inputs": seen.pop().to(torch.bfloat16)})
         return collector
 
     def _round(self, groups: list[Group], measure: Callable[[], InputCollector], install: bool = True) -> bool:
@@ -263,15 +263,27 @@ class Body:
 
 
 @contextmanager
-def _without_output(module: Any, inputs: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, the linear `module` notes its inputs and returns zeros."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        inputs.append(x)
-        return x.new_zeros(*x.shape[:-1], module.weight.shape[0])
-
-    module.forward = forward
+def _noting(module: nn.Module, seen: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, what `module` is called with is added to `seen`."""
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         yield
     finally:
-        del module.forward
+        handle.remove()
+
+
+@contextmanager
+def _block_of(model: Any, name: str, inputs: torch.Tensor, with_weights: bool) -> Iterator[None]:
+    """Inside, the block that ends with the linear `name` is that linear alone, on `inputs` that it is known to get;
+    attention returns its weights too (`with_weights`), which nobody reads."""
+    linear, block = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+
+    def forward(*unused: Any, **options: Any) -> Any:
+        output = linear(inputs)
+        return (output, None) if with_weights else output
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward

@@ -1,0 +1,262 @@
+"""Kills quantization at random moments and lays other faults in its way; every run must end with the same bytes.
+
+Each run is a process of the command line on a small random model. Killed ones (SIGKILL) are started again, several
+times over, until they end; what a run was doing when it was killed is read from its log. The disk that fills up and the
+one that cannot be written are file systems of their own, which takes the right to mount them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from encode import commit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fewbit.assets import fetch_text
+from fewbit.environment import environment
+
+OUTPUT = Path(__file__).resolve().parent / "results" / "robustness-interrupted.json"
+CALIBRATION = ["--calib-tokens", "2048", "--calib-window", "128", "--calib-dtype", "float32", "--tune"]
+KINDS = {
+    "itq3_s": [*CALIBRATION, "--tune-steps", "30"],
+    "itq3_s, 3.2 bits by sensitivity": [*CALIBRATION, "--tune-steps", "30", "--bits", "3.2"],
+    "twinquant": [*CALIBRATION, "--tune-steps", "30", "--format", "twinquant", "--learn-steps", "30"],
+}
+PROGRAM = "from fewbit.cli import main; main()"
+# Every reading of a clock may be hours before or behind the one before.
+JUMPING = f"""
+import random, time
+for name in ("time", "monotonic", "perf_counter"):
+    setattr(time, name, lambda true=getattr(time, name): true() + random.uniform(-1e4, 1e4))
+{PROGRAM}
+"""
+MEGABYTE = 1 << 20
+
+
+class Runs:
+    """Quantizations of one model, all with the same options."""
+
+    def __init__(self, model: Path, text: Path, options: list[str]) -> None:
+        self.model, self.text, self.options = model, text, options
+
+    def start(self, output: Path, program: str = PROGRAM) -> subprocess.Popen[str]:
+        arguments = ["quantize", str(self.model), str(output), "--calib", str(self.text), *self.options]
+        return subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, output: Path, program: str = PROGRAM) -> tuple[int, str]:
+        """Run to the end: the exit code and what was said on stderr."""
+        process = self.start(output, program)
+        _, words = process.communicate()
+        return process.returncode, words
+
+
+def digest(directory: Path) -> str:
+    """A hash over the names and contents of a checkpoint's files."""
+    found = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def stage(output: Path) -> str:
+    """What the run was doing, by the last line of its log that names a stage."""
+    log = output.parent / f".{output.name}.work" / "log.jsonl"
+    if not log.exists():
+        return "planning"
+    # The last line may be half a line.
+    stages = [line for line in log.read_text().splitlines() if '"stage"' in line and line.endswith("}")]
+    return json.loads(stages[-1])["stage"] if stages else "planning"
+
+
+def kills(runs: Runs, root: Path, count: int, chance: random.Random) -> dict[str, Any]:
+    """Kill `count` processes, each at a random moment of what is left of its run."""
+    whole = root / "whole"
+    started = time.monotonic()
+    code, words = runs.finish(whole)
+    if code:
+        raise SystemExit(f"the undisturbed run failed:\n{words}")
+    seconds = time.monotonic() - started
+    expected, moments = digest(whole), Counter[str]()
+    killed = ended = different = failed = 0
+    while killed < count:
+        output = root / f"run-{ended}" / "out"
+        output.parent.mkdir()
+        while not output.exists():
+            process = runs.start(output)
+            if killed < count:
+                try:
+                    process.wait(chance.uniform(0, 0.6 * seconds))
+                except subprocess.TimeoutExpired:
+                    moments[stage(output)] += 1
+                    process.send_signal(signal.SIGKILL)
+                    killed += 1
+            process.communicate()
+            if process.returncode not in (0, -signal.SIGKILL):
+                failed += 1
+                break
+        else:
+            ended += 1
+            different += digest(output) != expected
+        shutil.rmtree(output.parent)
+        if failed:
+            break
+    facts = {"killed": killed, "ended": ended, "different": different, "failed": failed}
+    return {**facts, "whole_seconds": round(seconds, 1), "killed_while": dict(moments.most_common())}
+
+
+@contextmanager
+def disk(root: Path, size: int) -> Iterator[Path]:
+    """A file system of so many bytes."""
+    where = root / "disk"
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)], check=True)
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+        where.rmdir()
+
+
+def remount(where: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(where)], check=True)
+
+
+def full_disk(runs: Runs, root: Path, expected: str, chance: random.Random) -> list[str]:
+    """What went wrong on a disk that gets space only bit by bit; nothing, if all went well."""
+    size = chance.randrange(MEGABYTE // 4, MEGABYTE)
+    with disk(root, size) as where:
+        for _ in range(200):
+            code, words = runs.finish(where / "out")
+            if not code:
+                return [] if digest(where / "out") == expected else ["other bytes"]
+            if "No space left" not in words or (where / "out").exists():
+                return [f"exit {code}: {words}"]
+            size += chance.randrange(MEGABYTE // 4, MEGABYTE)
+            remount(where, f"size={size}")
+    return ["it never ended"]
+
+
+def read_only(runs: Runs, root: Path, expected: str) -> list[str]:
+    with disk(root, 64 * MEGABYTE) as where:
+        remount(where, "ro")
+        code, words = runs.finish(where / "out")
+        if code == 0 or "Read-only file system" not in words or "Traceback" in words:
+            return [f"exit {code}: {words}"]
+        remount(where, "rw")
+        code, words = runs.finish(where / "out")
+        return [] if code == 0 and digest(where / "out") == expected else [f"exit {code}: {words}"]
+
+
+def truncated_source(runs: Runs, root: Path, chance: random.Random) -> list[str]:
+    model = Path(shutil.copytree(runs.model, root / "truncated"))
+    file = model / "model.safetensors"
+    os.truncate(file, chance.randrange(file.stat().st_size))
+    code, words = Runs(model, runs.text, runs.options).finish(root / "out")
+    shutil.rmtree(model)
+    named = "model.safetensors" in words and "Traceback" not in words
+    return [] if code and named and not (root / "out").exists() else [f"exit {code}: {words}"]
+
+
+def jumping_clock(runs: Runs, root: Path, expected: str) -> list[str]:
+    code, words = runs.finish(root / "out", JUMPING)
+    right = code == 0 and digest(root / "out") == expected
+    shutil.rmtree(root / "out", ignore_errors=True)
+    return [] if right else [f"exit {code}: {words}"]
+
+
+def two_at_once(runs: Runs, root: Path, expected: str) -> list[str]:
+    """The second process is told of the first, which is not disturbed."""
+    first = runs.start(root / "out")
+    while not (root / ".out.work.lock").exists():
+        time.sleep(0.01)
+    code, words = runs.finish(root / "out")
+    first.communicate()
+    refused = code != 0 and "another process works in" in words
+    right = refused and first.returncode == 0 and digest(root / "out") == expected
+    shutil.rmtree(root / "out", ignore_errors=True)
+    return [] if right else [f"exit {code}: {words}"]
+
+
+def faults(runs: Runs, root: Path, expected: str, times: int, chance: random.Random) -> dict[str, Any]:
+    """How often each fault was tried, and what was lost."""
+    trials: dict[str, Callable[[], list[str]]] = {
+        "disk full, again and again": lambda: full_disk(runs, root, expected, chance),
+        "output that cannot be written": lambda: read_only(runs, root, expected),
+        "source cut off": lambda: truncated_source(runs, root, chance),
+        "clocks that jump by hours": lambda: jumping_clock(runs, root, expected),
+        "two runs in one directory": lambda: two_at_once(runs, root, expected),
+    }
+    found = {}
+    for name, trial in trials.items():
+        lost = [words for _ in range(times) for words in trial()]
+        found[name] = {"tried": times, "lost": len(lost), "said": lost}
+        print(f"{name}: {times} tried, {len(lost)} lost", flush=True)
+    return found
+
+
+def small_model(directory: Path) -> Path:
+    """A LLaMA of random weights with a tokenizer of single characters."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    LlamaForCausalLM(LlamaConfig(**shape, **heads, max_position_embeddings=512)).save_pretrained(directory)
+    vocabulary = {"<unk>": 0, **{chr(code): code - 31 for code in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
+    return directory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="of each kind of run")
+    parser.add_argument("--times", type=int, default=3, help="that each other fault is tried")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    report: dict[str, Any] = {"benchmark": "robustness-interrupted", "seed": arguments.seed, "kills": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        model = small_model(root / "model")
+        for kind, options in KINDS.items():
+            runs = Runs(model, fetch_text("wiki.calib"), options)
+            place = root / kind.split(",")[0]
+            place = place if not place.exists() else place.with_name(f"{place.name}-allocated")
+            place.mkdir()
+            report["kills"][kind] = kills(runs, place, arguments.kills, chance)
+            print(f"{kind}: {report['kills'][kind]}", flush=True)
+            if "faults" not in report:
+                report["faults"] = faults(runs, place, digest(place / "whole"), arguments.times, chance)
+            report |= {"environment": environment(), "commit": commit()}
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
