@@ -57,6 +57,10 @@ bench-kernels: $(STAMP)  ## Measure the kernels beside the memory's speed
 bench-peers: $(STAMP)  ## The same, with llama.cpp's kernels beside them (fetched and built once)
 	@$(BIN)/python benchmarks/kernels.py --peers
 
+# As the command line sets them for itself.
+bench-quality bench-twinquant bench-big: export OMP_WAIT_POLICY = PASSIVE
+bench-quality bench-twinquant bench-big: export THP_MEM_ALLOC_ENABLE = 1
+
 bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (hours)
 	@$(BIN)/python benchmarks/quality.py
 

@@ -399,6 +399,8 @@ def main() -> None:
     # PyTorch's threads otherwise wait for each other by spinning, which costs much time on a busy machine. It
     # has to be said before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # And it takes large tensors from the system in small pages, each time anew, which is a seventh of a run's time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except FewbitError as error:

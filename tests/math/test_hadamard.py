@@ -13,6 +13,7 @@ from fewbit.math.hadamard import (
     random_signs,
     rotate,
     rotate_hessian,
+    rotate_moment,
     rotation_block,
     scale_group,
     unpack_signs,
@@ -140,3 +141,12 @@ def test_the_rotated_hessian_is_the_second_moment_of_rotated_inputs():
     x, signs = _random(3, 500, 192), random_signs(192, 3)
     rotated = rotate(x, signs, 64)
     torch.testing.assert_close(rotate_hessian(x.t() @ x, signs, 64), rotated.t() @ rotated)
+
+
+@pytest.mark.parametrize(("cols", "block"), [(576, 64), (512, 256), (1024, 512)])
+def test_a_moment_is_turned_in_its_own_place_as_a_hessian_is(cols, block):
+    x = torch.randn(700, cols, generator=torch.Generator().manual_seed(3))
+    signs, moment = random_signs(cols, 4), x.T @ x / 700
+    expected = rotate_hessian(moment, signs, block)
+    rotate_moment(moment, signs, block)
+    torch.testing.assert_close(moment, expected, rtol=1e-5, atol=1e-5)

@@ -95,3 +95,13 @@ def rotate_hessian(hessian: torch.Tensor, signs: torch.Tensor, block: int) -> to
     """The second moment of the rotated inputs, `H S E[x x'] S H`, float `[K, K]`."""
     half = rotate(hessian, signs, block)
     return rotate(half.transpose(0, 1).contiguous(), signs, block)
+
+
+def rotate_moment(moment: torch.Tensor, signs: torch.Tensor, block: int) -> None:
+    """`rotate_hessian` of a float32 `[K, K]` in its own place, some rows at a time."""
+    rows = max(block, MAX_BLOCK)
+    for start in range(0, moment.shape[0], rows):
+        part = moment[start : start + rows]
+        # From the right, and then from the left: blocks of rows are turned as those of columns are.
+        part.copy_(rotate(part, signs, block))
+        part.copy_(rotate(part.T.contiguous(), signs[start : start + rows], block).T)

@@ -48,6 +48,7 @@ class Body:
         self.inputs = BatchFiles(work / "inputs")
         self.resumed = 0
         self._replaced: dict[str, nn.Module] = {}
+        self._memory: dict[int, torch.Tensor] = {}  # of earlier Hessians: new memory is slow where a host gives it
         self._rounded: list[PlannedTensor] = []  # linears of this layer whose inputs are kept
 
     def run(self) -> None:
@@ -65,6 +66,7 @@ class Body:
             self._put_back()
             self.stream.unload(prefix)
             self.hidden.discard(index)
+        self._memory.clear()
 
     def _start(self) -> int:
         """The first layer to do; its hidden states are made or found."""
@@ -167,7 +169,7 @@ class Body:
                 tensor_signs(group[0]), spec.block, spec.group, spec.act_bits, self.plan.options["center"]
             )
         linears = [(group[0].shared_input, self._module(group[0])) for group in groups]
-        return InputCollector(linears, axes, self.stream.dtype)
+        return InputCollector(linears, axes, self.stream.dtype, self._memory)
 
     def _measure(self, index: int, groups: list[Group], kept: bool) -> InputCollector:
         """Run the layer as far as the inputs of `groups`, which with `kept` go into files.
@@ -243,6 +245,7 @@ class Body:
             damping = choose_damping(self.stream.source, group, inputs)
         calibration = f"calibration-{key}.safetensors"
         wanted = get_format(spec.format).calibration(inputs, damping)
+        self._memory[spec.cols] = inputs.hessian
         del inputs
         write_tensors(self.work / calibration, wanted)
         for tensor in missing:

@@ -22,7 +22,7 @@ from fewbit.checkpoint.source import Source, SourceRows
 from fewbit.errors import NonFiniteWeights
 from fewbit.experts import separate_experts
 from fewbit.formats.base import InputStatistics
-from fewbit.math.hadamard import pack_signs, rotate
+from fewbit.math.hadamard import pack_signs, rotate, rotate_moment
 from fewbit.math.inputs import quantized_inputs
 from fewbit.models import Family
 from fewbit.ops.extension import load_native
@@ -261,11 +261,12 @@ def add_products(x: torch.Tensor, sums: torch.Tensor, dtype: torch.dtype) -> Non
 class _Sums:
     """Running sums over one input."""
 
-    def __init__(self, x: torch.Tensor, axes: InputAxes, dtype: torch.dtype) -> None:
+    def __init__(self, x: torch.Tensor, axes: InputAxes, dtype: torch.dtype, memory: torch.Tensor | None) -> None:
         size = x.shape[1]
+        self.axes = axes
         self.dtype = dtype
         self.tokens = 0
-        self.products = torch.zeros(size, size)
+        self.products = torch.zeros(size, size) if memory is None else memory.zero_()
         self.held = torch.empty(0, size)
         self.shift: torch.Tensor | None = None
         if axes.act_bits:
@@ -275,17 +276,21 @@ class _Sums:
             self.shift = mean.clamp(-most, most).half().float()
             self.plain, self.quantized = torch.zeros(size), torch.zeros(size)
 
-    def add(self, x: torch.Tensor, axes: InputAxes) -> None:
-        seen = axes.seen(x, self.shift)
-        if self.shift is not None:
+    def add(self, x: torch.Tensor) -> None:
+        if self.shift is None:
+            # Turning the sums is less work than turning the inputs.
+            add_products(x, self.products, self.dtype)
+            self.held = self.axes.seen(x[-HELD_TOKENS:], None).clone()
+        else:
+            seen = self.axes.seen(x, self.shift)
             self.plain += x.sum(0)
             self.quantized += seen.sum(0)
-        add_products(seen, self.products, self.dtype)
+            add_products(seen, self.products, self.dtype)
+            self.held = seen[-HELD_TOKENS:].clone()
         self.tokens += x.shape[0]
-        self.held = seen[-HELD_TOKENS:].clone()
 
     def moment(self) -> torch.Tensor:
-        """The second moment, in the place of the sums."""
+        """The second moment on the axes that the format sees, in the place of the sums."""
         total, size = self.products, self.products.shape[0]
         for start in range(0, size, PANEL):
             stop = min(start + PANEL, size)
@@ -293,7 +298,10 @@ class _Sums:
             # One product gave both halves of a block on the diagonal, not always rounded the same.
             block = total[start:stop, start:stop]
             total[start:stop, start:stop] = block.triu() + block.triu(1).T
-        return total.div_(self.tokens)
+        total.div_(self.tokens)
+        if self.shift is None and self.axes.signs is not None:
+            rotate_moment(total, self.axes.signs, self.axes.block)
+        return total
 
 
 class InputCollector:
@@ -307,9 +315,14 @@ class InputCollector:
         linears: Iterable[tuple[str, nn.Module]],
         axes: dict[str, InputAxes],
         dtype: torch.dtype = torch.float32,
+        memory: dict[int, torch.Tensor] | None = None,
     ) -> None:
-        """`axes` holds an entry for every key of `linears`; `dtype` is that of products (see `add_products`)."""
+        """`axes` holds an entry for every key of `linears`; `dtype` is that of products (see `add_products`).
+
+        Sums are made in `memory`, matrices `[K, K]` of earlier ones by K, where there is one; it is taken out.
+        """
         self._dtype = dtype
+        self._memory = {} if memory is None else memory
         self._axes = axes
         self._sums: dict[str, _Sums] = {}
         self._handles = [module.register_forward_pre_hook(self._hook(key)) for key, module in linears]
@@ -321,7 +334,10 @@ class InputCollector:
                 return
             # Autocast, under which the layer runs, would rotate in bfloat16 and return that.
             with full_precision():
-                self._sums.setdefault(key, _Sums(x, self._axes[key], self._dtype)).add(x, self._axes[key])
+                if key not in self._sums:
+                    memory = self._memory.pop(x.shape[1], None)
+                    self._sums[key] = _Sums(x, self._axes[key], self._dtype, memory)
+                self._sums[key].add(x)
 
         return accumulate
 
