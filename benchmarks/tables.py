@@ -85,6 +85,51 @@ def twinquant(model: str, title: str) -> str:
     return scores(measured, title) + note
 
 
+def blocks() -> str:
+    """What rotating larger blocks changes, by code."""
+    report = json.loads((RESULTS / "blocks.json").read_text())
+    lines = []
+    for row in report["rows"]:
+        whole = [f"{row['ratio']:.3f}", f"{row['kl_mean']:.4f}"] if "ratio" in row else ["", ""]
+        block = str(row["block"]) if row["block"] > 1 else "not rotated"
+        lines.append([row["model"], row["code"], block, f"{100 * row['output_error']:.3f} %", *whole])
+    note = (
+        f"\n3 bits, error feedback by the full model's Hessians ({report['calib_tokens']} calibration tokens), not tuned; "
+        f"a block that does not divide a linear's inputs is halved until it does. Error: of the linears' outputs, mean "
+        f"over them. Made by `benchmarks/blocks.py`.\n"
+    )
+    return markdown(["model", "code", "block", "error", "perplexity ratio", "KL mean"], lines) + note
+
+
+def context() -> str:
+    """Perplexity by position in a long window and speed behind it, by kind of cache."""
+    report = json.loads((RESULTS / "context.json").read_text())
+    lines = []
+    header = ["weights", "cache", *next(iter(report["rows"].values()))["perplexity"]["bf16"]]
+    for weights, row in report["rows"].items():
+        for kv, found in row["perplexity"].items():
+            lines.append([weights, kv, *(f"{value:.2f}" for value in found.values())])
+    note = (
+        f"\n{report['model']}, {report['text']}, {report['windows']} windows of {header[-2].partition('-')[2]} tokens, by "
+        f"position in the window. Made by `benchmarks/context.py`.\n"
+    )
+    table = markdown(header, lines) + note
+    if all("decode" in row for row in report["rows"].values()):
+        depths = list(next(iter(next(iter(report["rows"].values()))["decode"].values())))
+        rates = [
+            [weights, kv, *(f"{cell['median']:.1f}" for cell in found.values())]
+            for weights, row in report["rows"].items()
+            for kv, found in row["decode"].items()
+        ]
+        machine = report["speed_environment"]
+        table += "\n" + markdown(["weights", "cache", *(f"behind {depth}" for depth in depths)], rates)
+        table += (
+            f"\nTokens per second, medians of {report['rounds']} rounds through all caches, {report['threads']} threads, "
+            f"{machine['cpu']}, {machine['isa']}.\n"
+        )
+    return table
+
+
 def encoding() -> str:
     """Weights per second of the native encoder and decoder, one thread."""
     report = json.loads((RESULTS / "encode.json").read_text())
@@ -291,6 +336,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
     "twinquant-smollm2": partial(twinquant, "smollm2-135m", "SmolLM2-135M"),
+    "blocks": blocks,
+    "context": context,
     "end-to-end": end_to_end,
     "twin-operator": twin_operator,
     "encoding": encoding,

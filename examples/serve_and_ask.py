@@ -1,0 +1,48 @@
+"""Serve a checkpoint and ask it: python serve_and_ask.py OUT "Once upon a time"
+
+Any client of OpenAI's API does the same; this one needs nothing but Python. The server stays on this machine and ends
+with the program.
+"""
+
+import argparse
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("checkpoint")
+parser.add_argument("prompt")
+parser.add_argument("--max-tokens", type=int, default=32)
+arguments = parser.parse_args()
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+address = f"http://127.0.0.1:{port}"
+server = subprocess.Popen(["fewbit", "serve", arguments.checkpoint, "--port", str(port)])
+try:
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health").close()
+            break
+        except (urllib.error.URLError, ConnectionError):
+            if server.poll() is not None:
+                raise SystemExit("the server did not start") from None
+            time.sleep(0.1)
+    question = {"prompt": arguments.prompt, "max_tokens": arguments.max_tokens, "temperature": 0, "stream": True}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        for line in answer:
+            # Each event is a line that starts with "data: "; the last one is no JSON.
+            event = line.decode().removeprefix("data: ").strip()
+            if event and event != "[DONE]":
+                print(json.loads(event)["choices"][0]["text"], end="", flush=True)
+    print()
+finally:
+    server.terminate()
+    server.wait()

@@ -1,0 +1,55 @@
+"""The scripts of `examples/` do what they say, on a tiny model; the one for vLLM is run by its own tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.run import quantize
+from fewbit.runtime.engine import Engine
+from fewbit.runtime.sampling import SamplingParams
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(name: str, *arguments: object) -> str:
+    """What a script prints."""
+    # The command `fewbit` is beside the interpreter, whether its environment is active or not.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def texts(calibration_text) -> list[object]:
+    return ["--calib", calibration_text, "--calib-tokens", 2048, "--text", calibration_text, "--tokens", 1024]
+
+
+def test_compressing_says_what_it_cost(tiny_models, tmp_path, texts):
+    said = run("compress.py", tiny_models["tied"], tmp_path / "out", *texts)
+    assert (tmp_path / "out" / "fewbit.json").exists()
+    full, packed = (float(found) for found in re.findall(r"divergence (\S+)", said))
+    assert full == 0
+    assert 0 < packed < 1
+
+
+def test_more_bytes_diverge_less(tiny_models, tmp_path, texts):
+    said = run("pick_bits.py", tiny_models["tied"], tmp_path / "made", "55kB", "75kB", *texts)
+    small, large = (float(found) for found in re.findall(r"divergence (\S+)", said))
+    assert 0 < large < small
+
+
+def test_a_served_checkpoint_answers_as_the_engine_does(tiny_models, tmp_path):
+    quantize(tiny_models["tied"], tmp_path / "out", QuantizeOptions(rounding="nearest"))
+    said = run("serve_and_ask.py", tmp_path / "out", "abc", "--max-tokens", 8)
+    with Engine(tmp_path / "out") as engine:
+        answer = engine.generate("abc", SamplingParams(max_tokens=8, temperature=0)).text
+    assert said == f"{answer}\n"
