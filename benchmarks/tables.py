@@ -94,7 +94,7 @@ def blocks() -> str:
         block = str(row["block"]) if row["block"] > 1 else "not rotated"
         lines.append([row["model"], row["code"], block, f"{100 * row['output_error']:.3f} %", *whole])
     note = (
-        f"\n3 bits, error feedback by the full model's Hessians ({report['calib_tokens']} calibration tokens), not tuned; "
+        f"\n3 bits, error feedback by the full model's Hessians ({report['calib_tokens']} tokens), not tuned; "
         f"a block that does not divide a linear's inputs is halved until it does. Error: of the linears' outputs, mean "
         f"over them. Made by `benchmarks/blocks.py`.\n"
     )
@@ -109,9 +109,10 @@ def context() -> str:
     for weights, row in report["rows"].items():
         for kv, found in row["perplexity"].items():
             lines.append([weights, kv, *(f"{value:.2f}" for value in found.values())])
+    size = header[-2].partition("-")[2]
     note = (
-        f"\n{report['model']}, {report['text']}, {report['windows']} windows of {header[-2].partition('-')[2]} tokens, by "
-        f"position in the window. Made by `benchmarks/context.py`.\n"
+        f"\n{report['model']}, {report['windows']} windows of {size} tokens of {report['text']}, by position in the "
+        f"window. Made by `benchmarks/context.py`.\n"
     )
     table = markdown(header, lines) + note
     if all("decode" in row for row in report["rows"].values()):
@@ -124,8 +125,8 @@ def context() -> str:
         machine = report["speed_environment"]
         table += "\n" + markdown(["weights", "cache", *(f"behind {depth}" for depth in depths)], rates)
         table += (
-            f"\nTokens per second, medians of {report['rounds']} rounds through all caches, {report['threads']} threads, "
-            f"{machine['cpu']}, {machine['isa']}.\n"
+            f"\nTokens per second, medians of {report['rounds']} rounds through all caches, {report['threads']} "
+            f"threads, {machine['cpu']}, {machine['isa']}.\n"
         )
     return table
 
