@@ -35,7 +35,7 @@ CALIBRATION = ["--calib-tokens", "2048", "--calib-window", "128", "--calib-dtype
 KINDS = {
     "itq3_s": [*CALIBRATION, "--tune-steps", "30"],
     "itq3_s, 3.2 bits by sensitivity": [*CALIBRATION, "--tune-steps", "30", "--bits", "3.2"],
-    "twinquant": [*CALIBRATION, "--tune-steps", "30", "--format", "twinquant", "--learn-steps", "30"],
+    "twinquant": [*CALIBRATION, "--tune-steps", "30", "--format", "twinquant"],
 }
 PROGRAM = "from fewbit.cli import main; main()"
 # Every reading of a clock may be hours before or behind the one before.
@@ -46,6 +46,7 @@ for name in ("time", "monotonic", "perf_counter"):
 {PROGRAM}
 """
 MEGABYTE = 1 << 20
+EARLY = 0.1  # of the kills, while a program starts
 
 
 class Runs:
@@ -90,40 +91,47 @@ def stage(output: Path) -> str:
     return json.loads(stages[-1])["stage"] if stages else "planning"
 
 
+def wait_for_work(process: subprocess.Popen[str], output: Path) -> bool:
+    """Wait until the run has a plan, and thus works; whether it does, and has not ended."""
+    plan = output.parent / f".{output.name}.work" / "plan.json"
+    while process.poll() is None and not plan.exists():
+        time.sleep(0.01)
+    return process.poll() is None
+
+
 def kills(runs: Runs, root: Path, count: int, chance: random.Random) -> dict[str, Any]:
-    """Kill `count` processes, each at a random moment of what is left of its run."""
+    """Kill `count` processes, each at a random moment: a few while they start, the others while they work."""
     whole = root / "whole"
-    started = time.monotonic()
-    code, words = runs.finish(whole)
-    if code:
+    process, started = runs.start(whole), time.monotonic()
+    wait_for_work(process, whole)
+    working = time.monotonic()
+    _, words = process.communicate()
+    if process.returncode:
         raise SystemExit(f"the undisturbed run failed:\n{words}")
-    seconds = time.monotonic() - started
+    ended_at = time.monotonic()
     expected, moments = digest(whole), Counter[str]()
     killed = ended = different = failed = 0
-    while killed < count:
+    while (killed < count or ended == 0) and not failed:
         output = root / f"run-{ended}" / "out"
         output.parent.mkdir()
-        while not output.exists():
+        while not output.exists() and not failed:
             process = runs.start(output)
             if killed < count:
-                try:
-                    process.wait(chance.uniform(0, 0.6 * seconds))
-                except subprocess.TimeoutExpired:
+                if chance.random() < EARLY:
+                    time.sleep(chance.uniform(0, working - started))
+                elif wait_for_work(process, output):
+                    time.sleep(chance.uniform(0, ended_at - working))
+                if process.poll() is None:
                     moments[stage(output)] += 1
                     process.send_signal(signal.SIGKILL)
                     killed += 1
             process.communicate()
-            if process.returncode not in (0, -signal.SIGKILL):
-                failed += 1
-                break
-        else:
-            ended += 1
-            different += digest(output) != expected
+            failed += process.returncode not in (0, -signal.SIGKILL)
+        ended += not failed
+        different += not failed and digest(output) != expected
         shutil.rmtree(output.parent)
-        if failed:
-            break
     facts = {"killed": killed, "ended": ended, "different": different, "failed": failed}
-    return {**facts, "whole_seconds": round(seconds, 1), "killed_while": dict(moments.most_common())}
+    return {**facts, "working_seconds": round(ended_at - working, 1), "killed_while": dict(moments.most_common())}
 
 
 @contextmanager
@@ -143,19 +151,36 @@ def remount(where: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(where)], check=True)
 
 
+def fill(where: Path) -> Path:
+    """Leave nothing of a file system's space; the file that takes it."""
+    filler = where / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"\0" * 4096):
+                pass
+        except OSError:
+            return filler
+
+
 def full_disk(runs: Runs, root: Path, expected: str, chance: random.Random) -> list[str]:
-    """What went wrong on a disk that gets space only bit by bit; nothing, if all went well."""
-    size = chance.randrange(MEGABYTE // 4, MEGABYTE)
-    with disk(root, size) as where:
-        for _ in range(200):
+    """What went wrong on a disk that fills up three times while the run works; nothing, if all went well."""
+    with disk(root, 64 * MEGABYTE) as where:
+        for _ in range(3):
+            process = runs.start(where / "out")
+            if wait_for_work(process, where / "out"):
+                time.sleep(chance.uniform(0, 3))
+            filler = fill(where)
+            _, words = process.communicate()
+            filler.unlink()
+            if process.returncode == 0:
+                break
+            if "No space left" not in words or "Traceback" in words or (where / "out").exists():
+                return [f"exit {process.returncode}: {words}"]
+        else:
             code, words = runs.finish(where / "out")
-            if not code:
-                return [] if digest(where / "out") == expected else ["other bytes"]
-            if "No space left" not in words or (where / "out").exists():
+            if code:
                 return [f"exit {code}: {words}"]
-            size += chance.randrange(MEGABYTE // 4, MEGABYTE)
-            remount(where, f"size={size}")
-    return ["it never ended"]
+        return [] if digest(where / "out") == expected else ["other bytes"]
 
 
 def read_only(runs: Runs, root: Path, expected: str) -> list[str]:
@@ -202,7 +227,7 @@ def two_at_once(runs: Runs, root: Path, expected: str) -> list[str]:
 def faults(runs: Runs, root: Path, expected: str, times: int, chance: random.Random) -> dict[str, Any]:
     """How often each fault was tried, and what was lost."""
     trials: dict[str, Callable[[], list[str]]] = {
-        "disk full, again and again": lambda: full_disk(runs, root, expected, chance),
+        "disk that fills up, three times": lambda: full_disk(runs, root, expected, chance),
         "output that cannot be written": lambda: read_only(runs, root, expected),
         "source cut off": lambda: truncated_source(runs, root, chance),
         "clocks that jump by hours": lambda: jumping_clock(runs, root, expected),
