@@ -20,6 +20,7 @@ from encode import commit
 from references import reference_dir
 
 from fewbit.assets import default_cache_dir, fetch_text
+from fewbit.checkpoint.source import open_source
 from fewbit.environment import environment
 from fewbit.evaluate import windows
 from fewbit.pipeline.options import QuantizeOptions
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     paths = {"bfloat16": reference_dir(arguments.model, 0), "itq3_s 3 bits": checkpoint(arguments.model)}
-    _, tokenizer = open_decoder(paths["itq3_s 3 bits"], fallback=False)
+    tokenizer = open_source(paths["bfloat16"]).tokenizer()
     text = fetch_text(TEXT).read_text(encoding="utf-8")
     cuts = windows(tokenizer, text, arguments.context, arguments.context * arguments.windows)
     report = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
