@@ -73,6 +73,21 @@ PYTHON_PEERS = {
 }
 
 
+def fitting(source: Source) -> list[str]:
+    """The rows whose groups divide the inputs of every linear in the layers of a model."""
+    config = source.config
+    inputs = {
+        source.tensor(f"{name}.weight").shape[1]
+        for layer, name in linears(get_family(config.model_type), config.num_hidden_layers)
+        if layer == 0
+    }
+    return [
+        name
+        for name, recipe in PYTHON_PEERS.items()
+        if recipe.group_size is None or all(cols % recipe.group_size == 0 for cols in inputs)
+    ]
+
+
 def interpreter() -> Path:
     """The Python of the packages' environment, which is made if it is missing or holds other versions."""
     directory = BUILD / "python-peers"

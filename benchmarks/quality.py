@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, *PEERS, *PYTHON_PEERS], default=list(ROWS), metavar="ROW")
+    parser.add_argument("--peers", action="store_true", help="the rows of peers, too: all that fit the model")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     output = arguments.output or RESULTS / f"quality-{arguments.model}.json"
@@ -183,11 +184,12 @@ def main() -> None:
     text = fetch_text("wiki.eval").read_text(encoding="utf-8")
     settings = {"window": arguments.window, "tokens": arguments.tokens}
     for seed in arguments.seeds:
-        for name in arguments.rows:
+        reference = reference_dir(arguments.model, seed)
+        peers = [*PEERS, *python_peers.fitting(open_source(reference))] if arguments.peers else []
+        for name in dict.fromkeys([*arguments.rows, *peers]):
             key = f"{name} | seed {seed}"
             if key in report["rows"]:
                 continue
-            reference = reference_dir(arguments.model, seed)
             if name not in ROWS:
                 row = measure_peer(reference, name, text, settings, arguments.calib_tokens)
             else:

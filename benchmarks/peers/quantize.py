@@ -1,11 +1,11 @@
 """Rounds a model's linears with another Python package and writes the weights that its codes decode to.
 
 Run by the package's own Python, which has no fewbit: `quantize.py REQUEST`. The request is a JSON file with `method`,
-`settings` (bits, group_size, symmetric and the method's own), `reference` (a directory of safetensors in Hugging Face's
-layout), `linears` (names of the modules to round), `windows` (a safetensors file with token ids int64 `[n, window]`) and
-`output`. There the decoded weights appear, float32 `[N, K]` under the names of the linears, and beside them in a
-`.json` file the bits of all codes, scales and zeros, the seconds and the versions. Scales and zeros that are no
-integers are rounded to 16 bits, so that the weights are those of the bits that are counted.
+`settings` (bits, group_size, symmetric and the method's own), `reference` (a directory of safetensors in Hugging
+Face's layout), `linears` (names of the modules to round), `windows` (a safetensors file with token ids int64
+`[n, window]`) and `output`. There the decoded weights appear, float32 `[N, K]` under the names of the linears, and
+beside them in a `.json` file the bits of all codes, scales and zeros, the seconds and the versions. Scales and zeros
+that are no integers are rounded to 16 bits, so that the weights are those of the bits that are counted.
 """
 
 from __future__ import annotations
@@ -119,7 +119,13 @@ def auto_round(request: dict[str, Any]) -> Answer:
         device_map="cpu",
     )
     model, _ = rounding.quantize()
-    decoded = {name: model.get_submodule(name).weight.detach().float() for name in request["linears"]}
+    decoded = {}
+    for name in request["linears"]:
+        linear: Any = model.get_submodule(name)
+        scale = linear.scale.half().float().reshape(-1, 1)
+        # The weights that it leaves are in bfloat16; the codes, which are integers all the same, decode to more digits.
+        codes = (linear.weight.detach().float().reshape(len(scale), -1) / linear.scale.float().reshape(-1, 1)).round()
+        decoded[name] = (codes * scale).view(linear.weight.shape)
     return decoded, {"zero_bits": 0 if settings["symmetric"] else settings["bits"]}
 
 
