@@ -48,7 +48,7 @@ test-gpu-static: $(STAMP)  ## Run the GPU kernels in Triton's interpreter and co
 test-vllm: $(STAMP)  ## Run checkpoints inside vLLM, in an environment of its own (some 4 GB, long)
 	@sh scripts/test_vllm.sh
 
-bench: $(STAMP)  ## Run every benchmark and write the tables (days; goes on where it was cut off)
+bench: $(STAMP)  ## Run every benchmark and write the tables (very long; goes on where it was cut off)
 	@$(BIN)/python benchmarks/bench.py
 
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded

@@ -129,32 +129,10 @@ def auto_round(request: dict[str, Any]) -> Answer:
     return decoded, {"zero_bits": 0 if settings["symmetric"] else settings["bits"]}
 
 
-def gptqmodel(request: dict[str, Any]) -> Answer:
-    """GPTQ: error feedback by the Hessians of the calibration windows."""
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-
-    settings = request["settings"]
-    windows = load_file(request["windows"])["windows"]
-    config = QuantizeConfig(bits=settings["bits"], group_size=settings["group_size"], sym=settings["symmetric"])
-    config.device = "cpu"
-    model = GPTQModel.load(request["reference"], config, backend=BACKEND.TORCH)
-    model.quantize(
-        [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows],
-        batch_size=settings["batch_size"],
-        backend=BACKEND.TORCH,
-    )
-    decoded = {}
-    for name in request["linears"]:
-        module = model.model.get_submodule(name)
-        decoded[name] = module.dequantize_weight().T.float()
-    return decoded, {"zero_bits": 0 if settings["symmetric"] else settings["bits"]}
-
-
 METHODS: dict[str, tuple[str, Callable[[dict[str, Any]], Answer]]] = {
     "hqq": ("hqq", hqq),
     "torchao": ("torchao", torchao),
     "auto_round": ("auto-round", auto_round),
-    "gptqmodel": ("gptqmodel", gptqmodel),
 }
 
 
