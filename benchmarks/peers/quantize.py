@@ -92,7 +92,7 @@ def torchao(request: dict[str, Any]) -> Answer:
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         quantize_(linear, config)
         packed: Any = linear.weight
-        packed.scale = packed.scale.bfloat16().float()
+        packed.scale = packed.scale.half().float()
         decoded[name] = packed.dequantize().float()
     return decoded, {"zero_bits": 0 if settings["symmetric"] else settings["bits"]}
 
