@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static test-vllm
-.PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
+.PHONY: bench bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ test-gpu-static: $(STAMP)  ## Run the GPU kernels in Triton's interpreter and co
 
 test-vllm: $(STAMP)  ## Run checkpoints inside vLLM, in an environment of its own (some 4 GB, long)
 	@sh scripts/test_vllm.sh
+
+bench: $(STAMP)  ## Run every benchmark and write the tables (very long; goes on where it was cut off)
+	@$(BIN)/python benchmarks/bench.py
 
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 	@$(BIN)/python benchmarks/encode.py

@@ -11,13 +11,16 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import python_peers
 import torch
 from encode import commit
 from peers import PACKAGE, VERSION
+from python_peers import PYTHON_PEERS, PythonRecipe
 from quantizers import MIXES, Recipe, kept_importance_matrix, requantize
 from references import kept_logits, reference_dir
 from transformers.utils import logging
@@ -112,26 +115,52 @@ def work_dir(row: str, output: Path) -> Path:
     return output.with_suffix(".work") / re.sub(r"[^a-z0-9]+", "-", row.lower())
 
 
-def measure_peer(
-    reference: Path, recipe: Recipe, text: str, settings: dict[str, int], calib_tokens: int
-) -> dict[str, Any]:
-    """Quantize with llama.cpp and evaluate one row, in float32."""
+def llama_cpp(reference: Path, recipe: Recipe, calib_tokens: int) -> Callable[[Any], dict[str, Any]]:
+    """What rounds a model in place with llama.cpp and says how; its importance matrix is taken beforehand."""
+    importance = kept_importance_matrix(reference, [fetch_text(name) for name in CALIBRATION], calib_tokens)
+
+    def apply(model: Any) -> dict[str, Any]:
+        started = time.monotonic()
+        facts = requantize(model, open_source(reference), recipe, importance)
+        seconds = round(time.monotonic() - started, 1)
+        return {
+            "options": {**asdict(recipe), "calib_tokens": calib_tokens, "dtype": "float32"},
+            "peer": f"{PACKAGE} {VERSION}",
+            **facts,
+            "quantize_seconds": seconds,
+        }
+
+    return apply
+
+
+def python_package(reference: Path, recipe: PythonRecipe, calib_tokens: int) -> Callable[[Any], dict[str, Any]]:
+    """The same with a Python package, which has done its work before this returns."""
     files = [fetch_text(name) for name in CALIBRATION]
-    importance = kept_importance_matrix(reference, files, calib_tokens)
+    weights, facts = python_peers.peer_weights(reference, recipe, files, calib_tokens)
+
+    def apply(model: Any) -> dict[str, Any]:
+        row = python_peers.replace(model, open_source(reference), weights, facts)
+        return {"options": recipe.options(calib_tokens), **row}
+
+    return apply
+
+
+def measure_peer(reference: Path, name: str, text: str, settings: dict[str, int], calib_tokens: int) -> dict[str, Any]:
+    """Quantize with a peer and evaluate one row, in float32."""
     # Before the other model is there: two of them may not fit into memory.
+    if name in PYTHON_PEERS:
+        apply = python_package(reference, PYTHON_PEERS[name], calib_tokens)
+    else:
+        apply = llama_cpp(reference, PEERS[name], calib_tokens)
     full = kept_logits(reference, text, **settings)
     model, tokenizer = load_any(reference, torch.float32)
+    facts = apply(model)
     started = time.monotonic()
-    facts = requantize(model, open_source(reference), recipe, importance)
-    quantized = time.monotonic()
     scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
     row, base = scores["row"], scores["full"]
     return {
-        "options": {**asdict(recipe), "calib_tokens": calib_tokens, "dtype": "float32"},
-        "peer": f"{PACKAGE} {VERSION}",
         **facts,
-        "quantize_seconds": round(quantized - started, 1),
-        "evaluate_seconds": round(time.monotonic() - quantized, 1),
+        "evaluate_seconds": round(time.monotonic() - started, 1),
         "reference_perplexity": base.perplexity,
         "ratio": row.perplexity / base.perplexity,
         **row.to_json(),
@@ -145,7 +174,8 @@ def main() -> None:
     parser.add_argument("--calib-tokens", type=int, default=65536)
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *PEERS], default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *PEERS, *PYTHON_PEERS], default=list(ROWS), metavar="ROW")
+    parser.add_argument("--peers", action="store_true", help="the rows of peers, too: all that fit the model")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     output = arguments.output or RESULTS / f"quality-{arguments.model}.json"
@@ -156,13 +186,14 @@ def main() -> None:
     text = fetch_text("wiki.eval").read_text(encoding="utf-8")
     settings = {"window": arguments.window, "tokens": arguments.tokens}
     for seed in arguments.seeds:
-        for name in arguments.rows:
+        reference = reference_dir(arguments.model, seed)
+        peers = [*PEERS, *python_peers.fitting(open_source(reference))] if arguments.peers else []
+        for name in dict.fromkeys([*arguments.rows, *peers]):
             key = f"{name} | seed {seed}"
             if key in report["rows"]:
                 continue
-            reference = reference_dir(arguments.model, seed)
-            if name in PEERS:
-                row = measure_peer(reference, PEERS[name], text, settings, arguments.calib_tokens)
+            if name not in ROWS:
+                row = measure_peer(reference, name, text, settings, arguments.calib_tokens)
             else:
                 options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
                 row = measure(reference, options, text, settings, work_dir(key, output))

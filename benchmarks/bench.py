@@ -1,0 +1,138 @@
+"""Runs every script of this directory, the short ones first, and writes the tables of the docs from their results.
+
+A script that fails is named at the end and keeps nobody else from running. What a run that was cut off has finished is
+not run again by the next one at the same commit; `--again` starts from the beginning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from encode import commit
+
+from fewbit.assets import fetch_model
+
+HERE = Path(__file__).resolve().parent
+STATE = HERE.parent / "build" / "bench.json"
+SMALL, LARGE = "smollm2-135m", "qwen2.5-coder-1.5b"
+
+
+def small_model() -> list[str]:
+    return [str(fetch_model(SMALL))]
+
+
+def without_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "no NVIDIA GPU"
+
+
+def without_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A script with its arguments; `obstacle` says why it cannot run here, `prepare` gives more arguments."""
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    obstacle: Callable[[], str | None] = lambda: None
+    prepare: Callable[[], list[str]] = list
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.script.removesuffix(".py"), *self.arguments])
+
+
+# From seconds to hours.
+STEPS = (
+    Step("gpu_static.py", obstacle=without_triton),
+    Step("gpu_model.py"),
+    Step("gpu.py", obstacle=without_gpu),
+    Step("encode.py"),
+    Step("twin_operator.py"),
+    Step("serving.py", prepare=small_model),
+    Step("cache.py"),
+    Step("kernels.py", ("--peers",)),
+    Step("end_to_end.py"),
+    Step("quality.py", ("--model", SMALL, "--peers")),
+    Step("twinquant.py", ("--model", SMALL)),
+    Step("big.py"),
+    Step("quality.py", ("--model", LARGE, "--peers")),
+    Step("twinquant.py", ("--model", LARGE)),
+)
+
+
+def finished_before(state: Path, now: str | None) -> list[str]:
+    """Names of the steps that runs at commit `now` have finished."""
+    if now is None or not state.exists():
+        return []
+    report = json.loads(state.read_text())
+    return report["finished"] if report["commit"] == now else []
+
+
+def run_step(step: Step) -> str | None:
+    """Run a script with its output on the terminal; why it failed, or None."""
+    try:
+        command = [sys.executable, str(HERE / step.script), *step.arguments, *step.prepare()]
+        code = subprocess.run(command, check=False).returncode
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if code == 0 else f"exit {code}"
+
+
+def run_all(
+    steps: Sequence[Step], state: Path, now: str | None, run: Callable[[Step], str | None] = run_step
+) -> dict[str, str]:
+    """Run the steps that are not finished at commit `now`; which failed, and why."""
+    finished, failed = finished_before(state, now), {}
+    started = time.monotonic()
+    for number, step in enumerate(steps, 1):
+        elapsed = timedelta(seconds=int(time.monotonic() - started))
+        place = f"[{number} of {len(steps)}, {elapsed}] {step.name}"
+        reason = "finished before" if step.name in finished else step.obstacle()
+        if reason:
+            print(f"{place}: left out: {reason}", flush=True)
+            continue
+        print(place, flush=True)
+        problem = run(step)
+        if problem:
+            failed[step.name] = problem
+            print(f"{place}: failed: {problem}", flush=True)
+        else:
+            finished.append(step.name)
+            state.parent.mkdir(parents=True, exist_ok=True)
+            state.write_text(json.dumps({"commit": now, "finished": finished}))
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--again", action="store_true", help="run what is finished at this commit, too")
+    if parser.parse_args().again:
+        STATE.unlink(missing_ok=True)
+    try:
+        failed = run_all(STEPS, STATE, commit())
+    except KeyboardInterrupt:
+        print("\nbench: stopped; the next run goes on here")
+        return 130
+    # Also after failures: the results of the others are new.
+    if problem := run_step(Step("tables.py")):
+        failed["tables"] = problem
+    for name, problem in failed.items():
+        print(f"bench: {name} failed: {problem}")
+    print(f"bench: {len(failed)} failed; results are in {HERE / 'results'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""All benchmarks are run, in spite of failures, and a run that was cut off goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def bench(import_benchmark):
+    return import_benchmark("bench")
+
+
+def recorded(failing=()):
+    """A function that runs no step but notes it, and the notes."""
+    ran = []
+
+    def run(step):
+        ran.append(step.name)
+        return "exit 3" if step.name in failing else None
+
+    return run, ran
+
+
+def test_every_script_that_writes_results_is_run(bench):
+    scripts = {file.name for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text()}
+    # peers.py alone measures one product of kernels.py --peers; the tables are written after all steps.
+    assert {step.script for step in bench.STEPS} == scripts - {"bench.py", "tables.py", "peers.py"}
+    assert len({step.name for step in bench.STEPS}) == len(bench.STEPS)
+
+
+def test_a_failing_script_is_named_and_the_others_still_run(bench, tmp_path, capsys):
+    steps = [bench.Step("a.py"), bench.Step("b.py", ("--long",)), bench.Step("c.py")]
+    run, ran = recorded(failing=["b --long"])
+    assert bench.run_all(steps, tmp_path / "state.json", "1234", run) == {"b --long": "exit 3"}
+    assert ran == ["a", "b --long", "c"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("[2 of 3, ")
+    assert lines[2].endswith("b --long: failed: exit 3")
+
+
+def test_the_next_run_at_the_same_commit_runs_what_is_not_finished(bench, tmp_path, capsys):
+    state = tmp_path / "build" / "state.json"
+    steps = [bench.Step("a.py"), bench.Step("b.py"), bench.Step("c.py")]
+
+    def stopped(step):
+        if step.name == "c":
+            raise KeyboardInterrupt
+        return "exit 1" if step.name == "b" else None
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_all(steps, state, "1234", stopped)
+    run, ran = recorded()
+    assert bench.run_all(steps, state, "1234", run) == {}
+    assert ran == ["b", "c"]
+    assert "a: left out: finished before" in capsys.readouterr().out
+    assert sorted(json.loads(state.read_text())["finished"]) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("now", ["5678", None])
+def test_at_another_commit_or_without_one_everything_runs_again(bench, tmp_path, now):
+    state = tmp_path / "state.json"
+    bench.run_all([bench.Step("a.py")], state, "1234", recorded()[0])
+    run, ran = recorded()
+    bench.run_all([bench.Step("a.py")], state, now, run)
+    assert ran == ["a"]
+
+
+def test_a_step_that_this_machine_cannot_run_is_left_out_with_the_reason(bench, tmp_path, capsys):
+    run, ran = recorded()
+    steps = [bench.Step("a.py", obstacle=lambda: "no NVIDIA GPU"), bench.Step("b.py")]
+    assert bench.run_all(steps, tmp_path / "state.json", "1234", run) == {}
+    assert ran == ["b"]
+    assert "a: left out: no NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_a_script_that_ends_badly_or_cannot_be_prepared_is_a_failure(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    (tmp_path / "good.py").write_text("import sys\nassert sys.argv[1:] == ['--long', 'model']\n")
+    (tmp_path / "bad.py").write_text("raise SystemExit(4)\n")
+
+    def no_model():
+        raise OSError("no network")
+
+    assert bench.run_step(bench.Step("good.py", ("--long",), prepare=lambda: ["model"])) is None
+    assert bench.run_step(bench.Step("bad.py")) == "exit 4"
+    assert bench.run_step(bench.Step("good.py", prepare=no_model)) == "OSError: no network"
