@@ -174,7 +174,7 @@ def full_disk(runs: Runs, root: Path, expected: str, chance: random.Random) -> l
             filler.unlink()
             if process.returncode == 0:
                 break
-            if "No space left" not in words or "Traceback" in words or (where / "out").exists():
+            if "free some space" not in words or "Traceback" in words or (where / "out").exists():
                 return [f"exit {process.returncode}: {words}"]
         else:
             code, words = runs.finish(where / "out")
