@@ -42,7 +42,7 @@ def test_compressing_says_what_it_cost(tiny_models, tmp_path, texts):
 
 
 def test_more_bytes_diverge_less(tiny_models, tmp_path, texts):
-    said = run("pick_bits.py", tiny_models["tied"], tmp_path / "made", "55kB", "75kB", *texts)
+    said = run("pick_bits.py", tiny_models["tied"], tmp_path / "made", "30kB", "40kB", *texts)
     small, large = (float(found) for found in re.findall(r"divergence (\S+)", said))
     assert 0 < large < small
 
@@ -52,4 +52,4 @@ def test_a_served_checkpoint_answers_as_the_engine_does(tiny_models, tmp_path):
     said = run("serve_and_ask.py", tmp_path / "out", "abc", "--max-tokens", 8)
     with Engine(tmp_path / "out") as engine:
         answer = engine.generate("abc", SamplingParams(max_tokens=8, temperature=0)).text
-    assert said == f"{answer}\n"
+    assert said.endswith(f"\n{answer}\n")
