@@ -46,6 +46,7 @@ for name in ("time", "monotonic", "perf_counter"):
 {PROGRAM}
 """
 MEGABYTE = 1 << 20
+KILLS_OF_ONE = 2  # so that moments are spread over whole runs
 EARLY = 0.1  # of the kills, while a program starts
 
 
@@ -114,9 +115,10 @@ def kills(runs: Runs, root: Path, count: int, chance: random.Random) -> dict[str
     while (killed < count or ended == 0) and not failed:
         output = root / f"run-{ended}" / "out"
         output.parent.mkdir()
+        left = min(KILLS_OF_ONE, count - killed)
         while not output.exists() and not failed:
             process = runs.start(output)
-            if killed < count:
+            if left:
                 if chance.random() < EARLY:
                     time.sleep(chance.uniform(0, working - started))
                 elif wait_for_work(process, output):
@@ -124,7 +126,7 @@ def kills(runs: Runs, root: Path, count: int, chance: random.Random) -> dict[str
                 if process.poll() is None:
                     moments[stage(output)] += 1
                     process.send_signal(signal.SIGKILL)
-                    killed += 1
+                    killed, left = killed + 1, left - 1
             process.communicate()
             failed += process.returncode not in (0, -signal.SIGKILL)
         ended += not failed
