@@ -1,8 +1,8 @@
 """Attacks a real `fewbit serve` for minutes: bursts of clients, most of them well-behaved, the others as in `storm.py`.
 
 Counts what was sent and answered, compares every answer with the one a single client gets, follows the server's memory
-and descriptors, and ends it with a signal in the middle of its work. Needs Linux (/proc). Without a MODEL it makes a toy
-one. What it measures goes to benchmarks/results/robustness-server.json, one entry per model.
+and descriptors, and ends it with a signal in the middle of its work. Needs Linux (/proc). Without a MODEL it makes a
+toy. What it measures goes to benchmarks/results/robustness-server.json, one entry per model.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 from encode import commit
 from storm import HOST, KEY, PROMPTS, Storm, talk
+from toy import toy_model
 
 import fewbit
 from fewbit.environment import cpu_name
@@ -36,24 +37,6 @@ OUTPUT = Path(__file__).resolve().parent / "results" / "robustness-server.json"
 SAMPLE_SECONDS = 1.0
 WARM_UP = 0.2  # the share of the storm after which memory has to stay as it is
 OPEN_AT_THE_END = 8
-
-
-def toy_model(directory: Path) -> Path:
-    """A random two-layer LLaMA with a token per printable ASCII character."""
-    import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=96, num_key_value_heads=2, max_position_embeddings=512, eos_token_id=2, **sizes)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    vocabulary = {"<unk>": 0, **{chr(code): code - 31 for code in range(32, 127)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
-    return directory
 
 
 @dataclass
@@ -102,6 +85,17 @@ async def get(port: int, path: str) -> str:
     request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
     answer = await talk(port, request.encode())
     return answer.body.decode() if answer else ""
+
+
+async def listening(server: Server) -> None:
+    """Return once it answers: it says that it serves just before it does."""
+    for _ in range(600):
+        try:
+            if await get(server.port, "/health"):
+                return
+        except OSError:
+            await asyncio.sleep(0.1)
+    raise SystemExit("the server does not answer")
 
 
 async def follow(server: Server, samples: list[tuple[float, int]]) -> None:
@@ -169,6 +163,7 @@ def statuses(metrics: str) -> dict[str, int]:
 
 
 async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
+    await listening(server)
     start_bytes, start_descriptors = server.memory(), server.descriptors()
     storm = Storm(server.port, arguments.tokens)
     await storm.ask_alone()

@@ -254,4 +254,6 @@ class Storm:
         await self._refused("wrong key", head(len(body), key=f"{KEY}x") + body, 401)
 
     async def garbage(self, number: int) -> None:
-        await self._refused("not HTTP", bytes(random.Random(number).randrange(256) for _ in range(300)) + b"\r\n\r\n", 400)
+        await self._refused(
+            "not HTTP", bytes(random.Random(number).randrange(256) for _ in range(300)) + b"\r\n\r\n", 400
+        )

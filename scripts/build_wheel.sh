@@ -36,7 +36,8 @@ fi
 echo "Installing it into an empty environment"
 "$python" -m venv --clear "$build/venv"
 "$build/venv/bin/python" -m pip -qq --disable-pip-version-check install -c constraints.txt "dist/$wheel"
-(cd "$build" && "$build/venv/bin/python" "$root/scripts/smoke_test.py") || fail "the installed wheel does not work"
+"$build/venv/bin/python" benchmarks/toy.py "$build/toy"
+"$build/venv/bin/python" scripts/smoke_test.py "$build/toy" || fail "the installed wheel does not work"
 
 [ -x build/sbom-venv/bin/cyclonedx-py ] || "$python" -m venv --clear build/sbom-venv
 build/sbom-venv/bin/python -m pip -qq --disable-pip-version-check install "$lister"
