@@ -28,7 +28,7 @@ from typing import Any
 
 from encode import commit
 from storm import HOST, KEY, PROMPTS, Storm, talk
-from toy import toy_model
+from toy import toy_checkpoint
 
 import fewbit
 from fewbit.environment import cpu_name
@@ -62,6 +62,8 @@ def served(model: Path, slots: int, queue: int, context: int) -> Iterator[Server
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from fewbit.cli import main; main()", "serve", str(model), "--name", "model"]
     options = ["--port", port, "--slots", slots, "--queue", queue, "--context", context, "--threads", 1]
+    # Patient, like the clients: a machine that is busy with other work fails nobody.
+    options += ["--timeout", 3600, "--grace", 600]
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         with log.open("w") as stream:
@@ -143,7 +145,7 @@ async def shut_down(server: Server, storm: Storm, context: int) -> dict[str, Any
     start = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     answers = await asyncio.gather(*tasks)
-    code = await asyncio.to_thread(server.process.wait, 120)
+    code = await asyncio.to_thread(server.process.wait, 700)
     complete = sum(answer is not None and bool(answer.text()) for answer in answers)
     return {
         "open": len(tasks),
@@ -202,6 +204,7 @@ def measure(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?", help="anything that fewbit serve takes; default: a toy")
+    parser.add_argument("--name", help="of the entry in the results; default: the model's directory's, or toy")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--every", type=float, default=5, help="seconds from burst to burst")
@@ -216,9 +219,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     with tempfile.TemporaryDirectory() as directory:
-        model = arguments.model or toy_model(Path(directory))
+        model = arguments.model or toy_checkpoint(Path(directory))
         result = measure(model, arguments)
-    name = arguments.model.name if arguments.model else "toy"
+    name = arguments.name or (arguments.model.name if arguments.model else "toy")
     settings = {key: getattr(arguments, key) for key in ("clients", "every", "tokens", "slots", "queue", "context")}
     about = {"cpu": cpu_name(), "platform": platform.platform(), "fewbit": fewbit.__version__, "commit": commit()}
     report = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}

@@ -16,7 +16,7 @@ from typing import Any
 
 HOST = "127.0.0.1"
 KEY = "a-key-for-the-storm"
-PATIENCE = 300.0  # seconds after which an answer counts as lost
+PATIENCE = 1800.0  # seconds after which an answer counts as lost
 PROMPTS = 40
 BIG = b'{"prompt": "' + b"word " * 2_000_000 + b'"}'
 HUGE = b'{"prompt": "' + b"word " * 380_000 + b'"}'

@@ -138,18 +138,17 @@ def test_errors_name_no_file_and_no_line(serve):
         assert "Traceback" not in text
 
 
-def test_the_key_is_in_no_log_whatever_is_asked(serve, caplog):
+def test_the_key_is_in_no_log_whatever_is_asked(serve, logged):
     served = serve(Settings(api_key="sesame-open"))
     served.engine.failure = RuntimeError("broken")
-    with caplog.at_level(logging.DEBUG):
-        client = {"authorization": "Bearer sesame-open"}
-        assert httpx2.post(served.url + COMPLETIONS, json={"prompt": "a"}, headers=client).status_code == 500
-        for headers in (client, {"authorization": "sesame-open"}, {"x-key": "sesame-open"}):
-            httpx2.post(served.url + COMPLETIONS, content=b"{", headers=headers)
-            httpx2.get(served.url + "/v1/models", headers=headers)
-    ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
-    assert any("failed" in record.getMessage() for record in ours)
-    text = "\n".join(logging.Formatter().format(record) for record in ours)
+    records = logged()
+    client = {"authorization": "Bearer sesame-open", "content-type": "application/json"}
+    assert httpx2.post(served.url + COMPLETIONS, json={"prompt": "a"}, headers=client).status_code == 500
+    for headers in (client, {"authorization": "sesame-open"}, {"x-key": "sesame-open"}):
+        httpx2.post(served.url + COMPLETIONS, content=b"{", headers=headers)
+        httpx2.get(served.url + "/v1/models", headers=headers)
+    assert [record.getMessage() for record in records] == ["generation failed"]
+    text = "\n".join(logging.Formatter().format(record) for record in records)
     assert "sesame-open" not in text
 
 
@@ -171,6 +170,22 @@ def test_clients_cannot_write_lines_into_the_log(serve, monkeypatch):
     assert len(lines) == 1
     assert lines[0].isprintable()
     assert "1.2.3.4" not in lines[0]
+
+
+def test_a_text_that_cannot_fit_is_not_even_tokenized(serve, monkeypatch):
+    served = serve()
+    seen: list[int] = []
+    tokenizer = served.engine.tokenizer
+    monkeypatch.setattr(served.engine, "tokenizer", lambda text: seen.append(len(text)) or tokenizer(text))
+    for route, body in (
+        (COMPLETIONS, {"prompt": "a" * 1_000_000}),
+        (COMPLETIONS, {"prompt": ["a", "a" * 1_000_000]}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 1_000_000}]}),
+    ):
+        answer = httpx2.post(served.url + route, json=body, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert max(seen, default=0) <= 1
+    assert served.engine.chats == []
 
 
 @pytest.mark.parametrize("value", ["a\u0000b", "\u202e\u0007", "\x1b]0;title\x07"])

@@ -71,17 +71,26 @@ class Connection(H11Protocol):
         return True
 
     def _refuse(self) -> None:
-        self._refused = True
         self.connections.discard(self)
-        error = ApiError(
-            503,
-            f"all {self._limits.connections} connections of this server are busy; try again",
-            code="too_many_connections",
-            headers={"Retry-After": "1"},
+        self._turn_away(
+            ApiError(
+                503,
+                f"all {self._limits.connections} connections of this server are busy; try again",
+                code="too_many_connections",
+                headers={"Retry-After": "1"},
+            )
         )
+
+    def _turn_away(self, error: ApiError) -> None:
+        """Answer without a request that could be read, and listen no more."""
+        self._refused = True
+        if self.cycle is not None and not self.idle:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.write(raw_answer(error))
         if self.transport.can_write_eof():
             self.transport.write_eof()
+        self._cancel("_head")
         self._head = self.loop.call_later(LINGER_SECONDS, self._cut)
 
     def _cut(self) -> None:
@@ -107,9 +116,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """For what is not HTTP: the shape of every other error."""
-        self.transport.write(raw_answer(ApiError(400, "this is not an HTTP request", code="invalid_http")))
-        self.transport.close()
-        self._flush_in_time()
+        self._turn_away(ApiError(400, "this is not an HTTP request", code="invalid_http"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
