@@ -327,8 +327,8 @@ def storm_note(name: str, report: dict[str, Any]) -> str:
     return (
         f"\n{name}: {report['clients']} clients, a burst every {report['every']:g} s for {report['seconds']:.0f} s, "
         f"{report['slots']} slots and a queue of {report['queue']}. Answers with a status of 500 or more: "
-        f"{report['server_errors']}; mixed up: {report['mixed']}. Resident memory {megabytes['start']} MB at the start, "
-        f"{megabytes['after_warm_up']} after the warm-up, {megabytes['end']} at the end "
+        f"{report['server_errors']}; mixed up: {report['mixed']}. Resident memory {megabytes['start']} MB at the "
+        f"start, {megabytes['after_warm_up']} after the warm-up, {megabytes['end']} at the end "
         f"({100 * memory['drift']:+.1f} %), {megabytes['most']} at most. It ended {report['shutdown']['seconds']:g} s "
         f"after the signal with exit code {report['shutdown']['exit_code']}. Made by "
         f"`benchmarks/robustness_server.py`.\n"
@@ -343,6 +343,26 @@ def robustness_server(name: str, title: str) -> str:
     return markdown(["fault", "tried", "survived", "lost"], storm_rows(found[name])) + storm_note(title, found[name])
 
 
+def robustness_supply() -> str:
+    """What the locks hold, and what the last `make wheel` found."""
+    lines = []
+    for name in ("requirements.lock", "requirements-cuda.lock"):
+        blocks = re.split(r"\n(?=[a-z])", (ROOT / name).read_text(encoding="utf-8"))[1:]
+        hashed = sum("--hash=sha256:" in block for block in blocks)
+        lines.append([f"another file under a locked name, `{name}`", len(blocks), hashed, len(blocks) - hashed])
+    report = json.loads((RESULTS / "robustness-supply.json").read_text())
+    same = report["first_sha256"] == report["second_sha256"]
+    lines.append(["the same tree built in another directory", 2, 2 if same else 1, 0 if same else 1])
+    lines.append(["the wheel in an empty environment: commands", *report["smoke_commands"]])
+    note = (
+        f"\nThe locked packages carry {report['hashes']} hashes of files for all platforms. Both wheels are "
+        f"{report['wheel_bytes']} bytes, their list of parts (CycloneDX {report['sbom_version']}) has "
+        f"{report['sbom_components']} entries. Made by `scripts/build_wheel.sh`.\n"
+    )
+    table = [[str(cell) for cell in line] for line in lines]
+    return markdown(["fault", "tried", "survived", "lost"], table) + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
@@ -355,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "gpu-static": gpu_static,
     "gpu-model": gpu_model,
+    "robustness-supply": robustness_supply,
     "robustness-server": partial(robustness_server, "toy", "A toy model"),
     "robustness-server-smollm2": partial(robustness_server, "smollm2", "SmolLM2-135M in 3 bits"),
 }

@@ -44,3 +44,5 @@ build/sbom-venv/bin/python -m pip -qq --disable-pip-version-check install "$list
 build/sbom-venv/bin/cyclonedx-py environment --output-reproducible --of JSON -o "dist/${wheel%.whl}.cdx.json" \
     "$build/venv/bin/python"
 sha256sum "dist/$wheel"
+.venv/bin/python scripts/wheel_report.py "$build/one/dist/$wheel" "$build/another/place/dist/$wheel" \
+    "dist/${wheel%.whl}.cdx.json"
