@@ -193,7 +193,13 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
     }
     report["shutdown"] = await shut_down(server, storm, arguments.context)
     log = server.log.read_text(errors="replace")
-    return {**report, "key_in_log": KEY in log, "tracebacks_in_log": log.count("Traceback")}
+    others = [line for line in log.splitlines() if " INFO uvicorn.access: " not in line]
+    return {
+        **report,
+        "key_in_log": KEY in log,
+        "tracebacks_in_log": log.count("Traceback"),
+        "log_lines_beside_requests": len(others),
+    }
 
 
 def measure(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def until_fixture():
 @pytest.fixture
 def logged(caplog):
     """Call it after the server has started: it gives the records of all that the server logs from then on."""
-    names = ("fewbit.serve", "uvicorn")
+    names = ("fewbit.serve", "uvicorn", "asyncio")
 
     def begin() -> list[logging.LogRecord]:
         for name in names:

@@ -144,6 +144,18 @@ def test_what_is_not_http_gets_an_error_in_shape_and_no_line_in_the_log(serve, l
     assert not records
 
 
+def test_clients_that_leave_in_mid_stream_leave_no_line_in_the_log(serve, logged, until):
+    served = serve(script="word" * 5000)
+    records = logged()
+    for _ in range(3):
+        connection = connect(served, request(stream=True, logprobs=0))
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing resets
+        connection.close()
+    until(lambda: served.admission.count == 0)
+    assert not records
+
+
 def test_two_lengths_of_one_body_are_refused(serve):
     served = serve()
     head = HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"

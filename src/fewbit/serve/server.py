@@ -81,8 +81,9 @@ def _logging(access_log: bool) -> dict[str, object]:
         "loggers": {
             "fewbit.serve": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
             "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
-            # Its warnings are of what clients send, who could fill a disk with them.
+            # Their warnings are of what clients send and how they leave, who could fill a disk with them.
             "uvicorn.error": {"level": "ERROR"},
+            "asyncio": {"level": "ERROR"},
             "uvicorn.access": {"level": "INFO" if access_log else "WARNING"},
         },
     }
