@@ -10,6 +10,8 @@ import socket
 import httpx2
 import pytest
 
+from fewbit.errors import UsageError
+from fewbit.runtime.sampling import SamplingParams
 from fewbit.serve.api_errors import LONGEST_MESSAGE, ApiError
 from fewbit.serve.schemas import MOST_MESSAGES, MOST_PROMPTS, ChatRequest, CompletionRequest
 from fewbit.serve.server import _logging
@@ -196,3 +198,12 @@ def test_control_characters_are_text_like_any_other(shared, value):
     assert other.status_code == 400
     # Escaped, as JSON does it: a terminal that shows the answer does not obey it.
     assert not any(byte < 32 for byte in other.content)
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-38, 0.009])
+def test_a_penalty_that_would_make_logits_infinite_is_refused(shared, penalty):
+    """It would end the step that it is part of, with everybody's answers."""
+    answer = httpx2.post(shared.url + COMPLETIONS, json={"prompt": "a", "repetition_penalty": penalty})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "repetition_penalty")
+    with pytest.raises(UsageError, match="repetition_penalty must be at least"):
+        SamplingParams(repetition_penalty=penalty)

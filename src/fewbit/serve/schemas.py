@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fewbit.runtime.sampling import MAX_LOGPROBS, MAX_STOPS, SamplingParams
+from fewbit.runtime.sampling import LEAST_PENALTY, MAX_LOGPROBS, MAX_STOPS, SamplingParams
 from fewbit.serve.api_errors import ApiError
 
 MOST = 1_000_000
@@ -185,7 +185,7 @@ class GenerationRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MOST)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = None
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stops = Field(default_factory=list)
