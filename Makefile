@@ -7,12 +7,13 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static test-vllm
+.PHONY: test-schema test-storm lock audit wheel
 .PHONY: bench bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
-$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/packages.sh $(NATIVE)
+$(STAMP): pyproject.toml constraints.txt requirements.lock requirements-cuda.lock scripts/make_venv.sh scripts/packages.sh $(NATIVE)
 	@sh scripts/make_venv.sh $(PYTHON)
 	@touch $@
 
@@ -47,6 +48,21 @@ test-gpu-static: $(STAMP)  ## Run the GPU kernels in Triton's interpreter and co
 
 test-vllm: $(STAMP)  ## Run checkpoints inside vLLM, in an environment of its own (some 4 GB, long)
 	@sh scripts/test_vllm.sh
+
+test-schema: $(STAMP)  ## Send the server what its OpenAPI schema allows and forbids, with schemathesis (own environment)
+	@sh scripts/test_schema.sh
+
+test-storm: $(STAMP)  ## Attack a server with 200 clients for 10 minutes
+	@$(BIN)/python benchmarks/robustness_server.py
+
+lock: $(STAMP)  ## Write requirements.lock anew: the versions and hashes that make venv installs
+	@sh scripts/lock.sh
+
+audit: $(STAMP)  ## Ask the advisory database about every locked package (needs the internet)
+	@sh scripts/audit.sh
+
+wheel: $(STAMP)  ## Build the wheel twice, compare, install it into an empty environment, list its parts (dist/)
+	@sh scripts/build_wheel.sh
 
 bench: $(STAMP)  ## Run every benchmark and write the tables (very long; goes on where it was cut off)
 	@$(BIN)/python benchmarks/bench.py

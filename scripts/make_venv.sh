@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv in the current directory and installs fewbit into it, editable, with the versions of constraints.txt.
+# Makes .venv in the current directory and installs fewbit into it, editable, with the files of requirements.lock.
 # Missing system packages come through apt-get where that is possible, otherwise one line names them.
 # Usage: make_venv.sh [PYTHON]
 set -eu
@@ -44,12 +44,20 @@ found=$(.venv/bin/python -c 'import os, sys; print(os.path.realpath(sys.executab
 [ "$wanted" = "$found" ] || "$python" -m venv --clear .venv
 
 pip() {
-    .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$@"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"
 }
 
 echo "Installing fewbit into .venv with $("$python" --version) (some 2 GB; 6 GB where the package index has torch with CUDA)"
-# The build tools first: building without isolation keeps them, too, at the versions of constraints.txt.
-pip scikit-build-core nanobind cmake ninja
-# Some requirements of lm-eval come as sources only; their build tools stay out of .venv.
-pip lm-eval
-pip --no-build-isolation -e '.[demo,serve,dev]'
+if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    # Nothing but the files whose hashes are listed. Some come as sources only; their build tools stay out of .venv.
+    pip --no-deps --require-hashes -r requirements.lock
+    needs_cuda='import importlib.metadata as m; print(any(n.startswith("nvidia") for n in m.requires("torch") or ()))'
+    [ "$(.venv/bin/python -c "$needs_cuda")" = False ] || pip --no-deps --require-hashes -r requirements-cuda.lock
+    pip --no-deps --no-build-isolation -e .
+else
+    # The lock is for later versions of Python. The build tools first: building without isolation keeps them, too, at
+    # the versions of constraints.txt.
+    pip -c constraints.txt scikit-build-core nanobind cmake ninja
+    pip -c constraints.txt lm-eval
+    pip -c constraints.txt --no-build-isolation -e '.[demo,serve,dev]'
+fi

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import logging
 import math
 import random
 import signal
@@ -31,6 +32,9 @@ LETTERS = "abcdefgh "
 def fake_tokenizer(text: str) -> dict[str, list[int]]:
     """A token per byte."""
     return {"input_ids": list(text.encode())}
+
+
+fake_tokenizer.get_vocab = lambda: {"\u20ac": 0}  # a character at least for every token
 
 
 @dataclass(eq=False)
@@ -235,6 +239,21 @@ def until(condition, seconds: float = 20.0) -> None:
 @pytest.fixture(name="until")
 def until_fixture():
     return until
+
+
+@pytest.fixture
+def logged(caplog):
+    """Call it after the server has started: it gives the records of all that the server logs from then on."""
+    names = ("fewbit.serve", "uvicorn", "asyncio")
+
+    def begin() -> list[logging.LogRecord]:
+        for name in names:
+            logging.getLogger(name).addHandler(caplog.handler)
+        return caplog.records
+
+    yield begin
+    for name in names:
+        logging.getLogger(name).removeHandler(caplog.handler)
 
 
 @pytest.fixture

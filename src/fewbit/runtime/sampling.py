@@ -19,6 +19,7 @@ from fewbit.ops.extension import load_native
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 LEAST_TEMPERATURE = 1e-4  # below, nothing but the likeliest token has any probability in float32
+LEAST_PENALTY = 0.01  # far below, logits that are divided by it leave float32, and the step fails for everybody in it
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -60,6 +61,8 @@ class SamplingParams:
         if self.top_p == 0 or self.repetition_penalty == 0:
             name = "top_p" if self.top_p == 0 else "repetition_penalty"
             raise UsageError(f"{name} must be above 0; 1 turns it off")
+        if self.repetition_penalty < LEAST_PENALTY:
+            raise UsageError(f"repetition_penalty must be at least {LEAST_PENALTY}, not {self.repetition_penalty}")
         if len(self.stop) > MAX_STOPS or any(not isinstance(text, str) or not text for text in self.stop):
             raise UsageError(f"stop takes up to {MAX_STOPS} strings that are not empty")
 

@@ -46,6 +46,11 @@ class Tokenizer:
         """Token ids of a text under "input_ids"."""
         return {"input_ids": self._backend.encode(text, add_special_tokens=add_special_tokens).ids}
 
+    def get_vocab(self) -> dict[str, int]:
+        """Every token as the vocabulary spells it, and its id."""
+        vocabulary: dict[str, int] = self._backend.get_vocab()
+        return vocabulary
+
     def decode(
         self, ids: Iterable[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
     ) -> str:

@@ -13,8 +13,13 @@ NO_RETRY = {"x-should-retry": "false"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+LONGEST_MESSAGE = 500
+
+
 def _printable(text: str) -> str:
-    """Names in a request may hold half characters, which no answer could be encoded with."""
+    """Names in a request may hold half characters, which no answer could be encoded with, and be megabytes long."""
+    if len(text) > LONGEST_MESSAGE:
+        text = text[:LONGEST_MESSAGE] + "..."
     return text.encode("utf-8", "replace").decode()
 
 

@@ -44,6 +44,8 @@ class Service:
         self.metrics = Metrics(engine)
         self.admission = Admission(engine.stats()["slots"], settings.queue)
         self._tokenizing = threading.Lock()
+        # Twice what a text of the longest tokens alone would have: some tokenizers shorten texts before they cut them.
+        self.most_characters = 2 * engine.context * max(map(len, engine.tokenizer.get_vocab()))
 
     def model(self) -> dict[str, Any]:
         return {
@@ -63,9 +65,19 @@ class Service:
                 param="model",
             )
 
+    def check_length(self, characters: int) -> None:
+        """Refuse a text that cannot fit before it is tokenized, which takes hundreds of times its memory."""
+        if characters > self.most_characters:
+            raise ApiError(
+                400,
+                f"the context holds {self.engine.context} tokens, the prompt has {characters} characters; shorten it",
+                code="context_length_exceeded",
+            )
+
     def tokens(self, prompt: str | list[int]) -> list[int]:
         """The ids of a prompt, checked. Called by several threads."""
         if isinstance(prompt, str):
+            self.check_length(len(prompt))
             with self._tokenizing:
                 ids = list(self.engine.tokenizer(prompt)["input_ids"]) if prompt else []
         else:
@@ -200,6 +212,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         messages = [message.for_template() for message in body.messages]
+        service.check_length(sum(len(message["content"]) for message in messages))
         answer = ChatAnswer(service.name, body.alternatives() is not None)
 
         def tokenize() -> list[list[int]]:

@@ -52,6 +52,7 @@ def serve(
     queue: Annotated[
         int, typer.Option(help="Answers that may wait for a slot; beyond them, 429.", min=0, rich_help_panel=LIMITS)
     ] = 64,
+    connections: Annotated[int, typer.Option(help="Clients connected at once.", min=1, rich_help_panel=LIMITS)] = 512,
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take, waiting included.", rich_help_panel=LIMITS)
     ] = 600.0,
@@ -69,12 +70,15 @@ def serve(
     hosts = tuple(allowed.lower() for allowed in allow_host or ())
     if api_key is None and is_loopback(host):
         hosts = (*LOOPBACK_NAMES, *hosts)
+    largest = parse_size(max_body)
     settings = Settings(
         model_name=name,
         api_key=api_key,
         allowed_hosts=hosts,
         queue=queue,
-        max_body_bytes=parse_size(max_body),
+        max_body_bytes=largest,
+        max_held_bytes=max(largest, Settings.max_held_bytes),
+        connections=connections,
         request_timeout=timeout,
         grace=grace,
         page=page,

@@ -34,6 +34,15 @@ _HEADERS = {
 }
 SECURITY_HEADERS = [(key.encode(), value.encode()) for key, value in _HEADERS.items()]
 
+# How long, and how far, a refused body is read and forgotten: a connection that closes with bytes unread may destroy
+# the answer on its way.
+LINGER_SECONDS = 5.0
+LINGER_SILENCE = 0.5
+LINGER_BYTES = 16_000_000
+
+
+_BODY_BYTES = "fewbit.body_bytes"  # in a request's scope: what it holds of `max_held_bytes`
+
 
 class Abortable(Protocol):
     def abort(self, error: ApiError) -> None: ...
@@ -108,6 +117,24 @@ def host_name(header: str) -> str:
     return header.partition(":")[0].lower()
 
 
+async def _turn_away(error: ApiError, receive: Receive, send: Send) -> None:
+    """Answer with an error and close the connection: what is left of the body would be taken for a request."""
+    error.headers["Connection"] = "close"
+    response = error.response()
+    await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+    # The answer is complete with this, whoever counts its bytes; the connection stays open until the last message.
+    await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
+    end, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
+    message: Any = {"more_body": True}
+    while message.get("more_body", False) and left > 0 and time.monotonic() < end:
+        try:
+            message = await asyncio.wait_for(receive(), LINGER_SILENCE)
+        except asyncio.TimeoutError:
+            break
+        left -= len(message.get("body", b""))
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 class Guard:
     """The outermost layer: checks what can be checked before a request is read, and adds headers to every answer.
 
@@ -121,6 +148,7 @@ class Guard:
         self._admission = admission
         self._metrics = metrics
         self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -145,9 +173,7 @@ class Guard:
                     self._check(scope)
                     receive = await self._read(scope, receive)
                 except ApiError as error:
-                    # What is left of the body would be taken for the next request.
-                    error.headers["Connection"] = "close"
-                    await error.response()(scope, receive, guarded_send)
+                    await _turn_away(error, receive, guarded_send)
                     return
                 await self._app(scope, receive, guarded_send)
             except Exception:
@@ -156,11 +182,15 @@ class Guard:
                     raise
                 await internal_error().response()(scope, receive, guarded_send)
         finally:
+            self._held -= scope.get(_BODY_BYTES, 0)
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status or 499)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
     def _check(self, scope: Scope) -> None:
+        if _header(scope, b"transfer-encoding") and _header(scope, b"content-length"):
+            # A proxy may go by the other one, and see another request than this server.
+            raise ApiError(400, "give Content-Length or Transfer-Encoding, not both", code="invalid_http")
         allowed = self._settings.allowed_hosts
         host = host_name(_header(scope, b"host").decode("latin-1"))
         if allowed and host not in allowed:
@@ -192,7 +222,7 @@ class Guard:
         if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
         try:
-            body = await asyncio.wait_for(self._collect(receive), self._settings.body_timeout)
+            body = await asyncio.wait_for(self._collect(scope, receive), self._settings.body_timeout)
         except asyncio.TimeoutError:
             raise ApiError(408, "the request's body did not arrive in time", code="body_timeout") from None
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -202,15 +232,25 @@ class Guard:
 
         return replay
 
-    async def _collect(self, receive: Receive) -> bytes:
+    async def _collect(self, scope: Scope, receive: Receive) -> bytes:
         body = bytearray()
         while True:
             message: Any = await receive()
             if message["type"] == "http.disconnect":
                 return bytes(body)
-            body += message.get("body", b"")
+            part = message.get("body", b"")
+            body += part
+            self._held += len(part)
+            scope[_BODY_BYTES] = len(body)
             if len(body) > self._settings.max_body_bytes:
                 raise self._too_large()
+            if self._held > self._settings.max_held_bytes:
+                raise ApiError(
+                    429,
+                    "the server holds too many large requests; try again in 1 s",
+                    code="too_many_bytes",
+                    headers={"Retry-After": "1"},
+                )
             if not message.get("more_body", False):
                 return bytes(body)
 

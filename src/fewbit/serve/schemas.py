@@ -7,17 +7,20 @@ one that is only for OpenAI's accounts and caches is dropped.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fewbit.runtime.sampling import MAX_LOGPROBS, MAX_STOPS, SamplingParams
+from fewbit.runtime.sampling import LEAST_PENALTY, MAX_LOGPROBS, MAX_STOPS, SamplingParams
 from fewbit.serve.api_errors import ApiError
 
 MOST = 1_000_000
 SEEDS = 2**63
+# More parts would take the server longer to look at than anybody has use for; a request's bytes alone allow many more.
+MOST_PROMPTS = 1024
+MOST_MESSAGES = 10_000
 
 IGNORED = frozenset(
     {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "user"}
@@ -79,11 +82,27 @@ def _is_ids(value: Any) -> bool:
 
 def _prompts(value: Any) -> Any:
     prompts = [value] if isinstance(value, str) or (value and _is_ids(value)) else value
+    if isinstance(prompts, list) and len(prompts) > MOST_PROMPTS:
+        raise _wrong(f"at most {MOST_PROMPTS} prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts):
         raise _wrong("give a string, a list of token ids, or a list of either")
     if not prompts:
         raise _wrong("give at least one prompt")
     return prompts
+
+
+def _turns(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MOST_MESSAGES:
+        raise _wrong(f"at most {MOST_MESSAGES} messages")
+    return value
+
+
+def _one_unknown(data: Any, known: Container[str]) -> Any:
+    """Only the first of the fields that nobody knows: pydantic complains of each, and a request may hold 100 000."""
+    if not isinstance(data, dict):
+        return data
+    first = next((key for key in data if key not in known), None)
+    return {key: value for key, value in data.items() if key in known or key == first}
 
 
 def _content(value: Any) -> Any:
@@ -112,6 +131,7 @@ class TextPart(BaseModel):
 Stops = Annotated[list[Text], BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)]
 Prompts = Annotated[
     list[Text | list[int]],
+    FailFast(),
     BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 Content = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
@@ -131,7 +151,10 @@ class Message(BaseModel):
     def _drop_empty(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if key in cls.model_fields or value not in (None, [])}
+        fields = cls.model_fields
+        return _one_unknown(
+            {key: value for key, value in data.items() if key in fields or value not in (None, [])}, fields
+        )
 
     def for_template(self) -> dict[str, str]:
         """The message as chat templates take it: they know no developers, whose place the system has."""
@@ -143,6 +166,11 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_obfuscation: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten(cls, data: Any) -> Any:
+        return _one_unknown(data, cls.model_fields)
 
 
 class GenerationRequest(BaseModel):
@@ -157,7 +185,7 @@ class GenerationRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MOST)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = None
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stops = Field(default_factory=list)
@@ -175,7 +203,8 @@ class GenerationRequest(BaseModel):
                 raise ApiError(
                     400, f"this server cannot follow '{name}'; {remedy}", code="unsupported_parameter", param=name
                 )
-        return {key: value for key, value in data.items() if key not in cls.refused and key not in IGNORED}
+        meant = {key: value for key, value in data.items() if key not in cls.refused and key not in IGNORED}
+        return _one_unknown(meant, cls.model_fields)
 
     @model_validator(mode="after")
     def _check_stream(self) -> GenerationRequest:
@@ -236,7 +265,7 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     refused: ClassVar[Refused] = REFUSED_CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1), BeforeValidator(_turns)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

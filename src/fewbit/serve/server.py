@@ -6,10 +6,12 @@ import asyncio
 import logging
 import time
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from fewbit.serve.connections import connection_factory
 from fewbit.serve.limits import Admission
 
 log = logging.getLogger("fewbit.serve")
@@ -54,11 +56,16 @@ def make_server(app: FastAPI, host: str, port: int, *, access_log: bool = False)
     service = app.state.service
     config = uvicorn.Config(
         app,
+        # Not what uvicorn finds installed: other parsers have other limits.
+        http=cast("type[asyncio.Protocol]", connection_factory(service.settings)),
+        ws="none",
         host=host,
         port=port,
         log_config=_logging(access_log),
         access_log=access_log,
         server_header=False,
+        # Anybody on this machine could write what they like into the log as their address.
+        proxy_headers=False,
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     return GracefulServer(config, service.admission, service.settings.grace)
@@ -74,6 +81,9 @@ def _logging(access_log: bool) -> dict[str, object]:
         "loggers": {
             "fewbit.serve": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
             "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+            # Their warnings are of what clients send and how they leave, who could fill a disk with them.
+            "uvicorn.error": {"level": "ERROR"},
+            "asyncio": {"level": "ERROR"},
             "uvicorn.access": {"level": "INFO" if access_log else "WARNING"},
         },
     }
