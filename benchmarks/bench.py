@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from fewbit.assets import fetch_model
 
 HERE = Path(__file__).resolve().parent
 STATE = HERE.parent / "build" / "bench.json"
+QUANTIZING = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 SMALL, LARGE = "smollm2-135m", "qwen2.5-coder-1.5b"
 
 
@@ -41,10 +43,14 @@ def without_triton() -> str | None:
 
 @dataclass(frozen=True)
 class Step:
-    """A script with its arguments; `obstacle` says why it cannot run here, `prepare` gives more arguments."""
+    """A script with its arguments; `obstacle` says why it cannot run here, `prepare` gives more arguments.
+
+    Scripts that quantize (`quantizes`) get the variables that the command line sets for itself.
+    """
 
     script: str
     arguments: tuple[str, ...] = ()
+    quantizes: bool = False
     obstacle: Callable[[], str | None] = lambda: None
     prepare: Callable[[], list[str]] = list
 
@@ -65,13 +71,14 @@ STEPS = (
     Step("kernels.py", ("--peers",)),
     Step("context.py"),
     Step("robustness_interrupted.py"),
+    Step("robustness_server.py"),
     Step("end_to_end.py"),
-    Step("blocks.py"),
-    Step("quality.py", ("--model", SMALL, "--peers")),
-    Step("twinquant.py", ("--model", SMALL)),
-    Step("big.py"),
-    Step("quality.py", ("--model", LARGE, "--peers")),
-    Step("twinquant.py", ("--model", LARGE)),
+    Step("blocks.py", quantizes=True),
+    Step("quality.py", ("--model", SMALL, "--peers"), quantizes=True),
+    Step("twinquant.py", ("--model", SMALL), quantizes=True),
+    Step("big.py", quantizes=True),
+    Step("quality.py", ("--model", LARGE, "--peers"), quantizes=True),
+    Step("twinquant.py", ("--model", LARGE), quantizes=True),
 )
 
 
@@ -87,7 +94,8 @@ def run_step(step: Step) -> str | None:
     """Run a script with its output on the terminal; why it failed, or None."""
     try:
         command = [sys.executable, str(HERE / step.script), *step.arguments, *step.prepare()]
-        code = subprocess.run(command, check=False).returncode
+        environment = {**os.environ, **(QUANTIZING if step.quantizes else {})}
+        code = subprocess.run(command, env=environment, check=False).returncode
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None if code == 0 else f"exit {code}"
