@@ -93,8 +93,9 @@ bench-speed: $(STAMP)  ## Measure whole models beside llama.cpp (fetched and bui
 bench-big: $(STAMP)  ## Measure memory and time on a synthetic 8B shape (long, and tens of GB of disk)
 	@$(BIN)/python benchmarks/big.py
 
-tables: $(STAMP)  ## Write the tables of the docs from benchmarks/results
+tables: $(STAMP)  ## Write the tables and the picture of the docs from benchmarks/results
 	@$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python benchmarks/pictures.py
 
 clean:  ## Remove .venv, builds and caches (not the fetched models)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -137,8 +137,9 @@ def main() -> int:
         print("\nbench: stopped; the next run goes on here")
         return 130
     # Also after failures: the results of the others are new.
-    if problem := run_step(Step("tables.py")):
-        failed["tables"] = problem
+    for step in (Step("tables.py"), Step("pictures.py")):
+        if problem := run_step(step):
+            failed[step.name] = problem
     for name, problem in failed.items():
         print(f"bench: {name} failed: {problem}")
     print(f"bench: {len(failed)} failed; results are in {HERE / 'results'}")

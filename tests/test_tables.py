@@ -5,15 +5,27 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_tables():
-    spec = importlib.util.spec_from_file_location("benchmark_tables", ROOT / "benchmarks" / "tables.py")
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_tables():
+    return load("tables")
+
+
+def test_the_readme_s_picture_shows_what_the_results_say():
+    pictures = load("pictures")
+    assert "(docs/images/quality.svg)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    (description,) = ElementTree.parse(pictures.PICTURE).iter("{http://purl.org/dc/elements/1.1/}description")
+    assert json.loads(description.text) == json.loads(json.dumps(pictures.points())), "run make tables"
 
 
 def test_every_table_of_the_documentation_agrees_with_the_results():
