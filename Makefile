@@ -13,7 +13,7 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
-$(STAMP): pyproject.toml constraints.txt requirements.lock requirements-cuda.lock scripts/make_venv.sh scripts/packages.sh $(NATIVE)
+$(STAMP): pyproject.toml constraints.txt requirements.lock requirements-cpu.lock requirements-cuda.lock scripts/make_venv.sh scripts/packages.sh $(NATIVE)
 	@sh scripts/make_venv.sh $(PYTHON)
 	@touch $@
 

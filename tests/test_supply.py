@@ -93,3 +93,10 @@ def test_packages_that_were_not_looked_at_are_not_called_clean(tmp_path, capsys)
     bad = {"name": "c", "version": "2", "vulns": [{"id": "X-1", "fix_versions": ["3"]}]}
     assert audit(tmp_path, clean, bad) == 1
     assert "c 2: X-1, mended in 3" in capsys.readouterr().out
+
+
+def test_the_build_of_torch_without_cuda_is_the_same_version():
+    line = (ROOT / "requirements-cpu.lock").read_text(encoding="utf-8").splitlines()[-1]
+    found = re.fullmatch(r"torch==(\S+)\+cpu --hash=sha256:[0-9a-f]{64}", line)
+    assert found
+    assert f"=={found[1]}" == str(locked("requirements.lock")["torch "][0].specifier)
