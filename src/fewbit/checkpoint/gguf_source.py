@@ -7,6 +7,7 @@ family in `fewbit.models` names are read, and any tensor that has no place in th
 from __future__ import annotations
 
 import functools
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from fewbit.checkpoint.damage import check_config, damage_named
 from fewbit.checkpoint.gguf_config import ROPE_FREQS, Metadata, read_config
 from fewbit.checkpoint.source import Source, fingerprint_files
 from fewbit.checkpoint.tensors import MAX_HEADER, first_line
@@ -80,7 +82,9 @@ class GgufSource(Source):
 
     def _by_state_name(self, architecture: str, tensors: dict[str, _Stored]) -> dict[str, _Stored]:
         """Tensors of the file under the names of the transformers state dict, in its order, experts one by one."""
-        with torch.device("meta"):
+        weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
+        check_config(self.config, weights, tensors, self.path)
+        with torch.device("meta"), damage_named(self.path, "download it again"):
             model = AutoModelForCausalLM.from_config(self.config)
             separate_experts(model, self._family)
         # Configurations that come out of GGUF name no class; other hosts want one.
@@ -194,17 +198,13 @@ def readable_types() -> tuple[gguf.GGMLQuantizationType, ...]:
 
 def _open(file: Path) -> gguf.GGUFReader:
     check_header(file)
-    try:
+    with damage_named(file, "the file is damaged, download it again"):
         return gguf.GGUFReader(file)
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise CorruptFile(f"{file}: {first_line(error)}; the file is damaged, download it again") from error
 
 
 def _metadata(file: Path, reader: gguf.GGUFReader) -> Metadata:
-    try:
+    with damage_named(file, "the file is damaged, download it again"):
         metadata = Metadata(file, reader.fields)
-    except (ValueError, KeyError) as error:
-        raise CorruptFile(f"{file}: {first_line(error)}; the file is damaged, download it again") from error
     known = sorted({name for family in families() for name in family.gguf_arch})
     if metadata.architecture not in known:
         raise UsageError(

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fewbit.checkpoint.store import read_json
+from fewbit.checkpoint.damage import damage_named, is_size, read_object, shortened
 from fewbit.errors import CannotLower, CorruptFile, UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
 
 KV_TYPES = ("bf16", "int8", "float32")
 USUAL_CONTEXT = 4096
+REMEDY = "its configuration and its tensors do not make a model; copy it again"
 
 
 class Decoder(Protocol):
@@ -107,14 +108,18 @@ def open_decoder(
         if native is None:
             raise CannotLower("the native extension is missing")
         weights = open_weights(native, path)
-        most = weights.config.max_position_embeddings
+        with damage_named(Path(path), REMEDY):
+            most = int(weights.config.max_position_embeddings)
         sizes = Sizes(slots, min(most, USUAL_CONTEXT) if context is None else context, block, threads or 0, kv)
         check_sizes(sizes, most)
-        lowering = Lowering(native, weights, sizes)
+        with damage_named(Path(path), REMEDY):
+            lowering = Lowering(native, weights, sizes)
         # Before the weights, because reading it takes memory that it gives back.
         tokenizer = weights.tokenizer()
+        with damage_named(Path(path), REMEDY):
+            program = lowering.build()
         decoder = NativeDecoder(
-            lowering.build(),
+            program,
             vocabulary=lowering.shape.vocabulary,
             context=sizes.context,
             slots=slots,
@@ -145,10 +150,10 @@ def ending_tokens(path: str | Path, config: Any) -> tuple[int, ...]:
     found = getattr(config, "eos_token_id", None)
     file = Path(path) / "generation_config.json"
     if file.is_file():
-        settings = read_json(file)
-        if not isinstance(settings, dict):
-            raise CorruptFile(f"{file} holds no settings; copy it from the model, or remove it")
-        found = settings.get("eos_token_id", found)
+        found = read_object(file, "copy it from the model, or remove it").get("eos_token_id", found)
     if found is None:
         return ()
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
+    ends = tuple(found) if isinstance(found, list | tuple) else (found,)
+    if not all(is_size(end, 0) for end in ends):
+        raise CorruptFile(f"{path}: eos_token_id is {shortened(found)}, no token; copy the configuration again")
+    return ends
