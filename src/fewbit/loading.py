@@ -31,9 +31,10 @@ def load(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, An
                 raise CorruptFile(f"{path} lacks the tensor {module.name}.{part}; copy the checkpoint again")
     artifact.check_config()
     with damage_named(artifact.path, "copy the checkpoint again"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             str(artifact.path), dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
+    model, loading = loaded
     # transformers would fill it with random numbers.
     if lost := {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}:
         raise CorruptFile(f"{path} lacks the tensor {min(lost)}, or it has another shape; copy the checkpoint again")

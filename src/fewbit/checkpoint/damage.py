@@ -1,4 +1,4 @@
-"""Reads what files say of themselves so that nothing behind has to doubt it: JSON, sizes, and what libraries stumble over.
+"""Reads what files say of themselves so that nothing behind has to doubt it: JSON, sizes, what libraries stumble over.
 
 A damaged or hostile file ends in `CorruptFile` here, whatever a library makes of it.
 """

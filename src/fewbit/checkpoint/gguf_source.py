@@ -225,6 +225,8 @@ def check_header(path: Path) -> int:
     Raises `CorruptFile` unless every count and length stays within `MAX_HEADER` and the file. The `gguf`
     package trusts them, and would loop over an absurd count for hours.
     """
+    if not path.is_file():
+        raise CorruptFile(f"{path}: missing, or no plain file; download it again")
     with path.open("rb") as file:
         header = _Header(path, file)
         if header.take(4) != b"GGUF":

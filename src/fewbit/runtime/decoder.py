@@ -7,13 +7,16 @@ position is all it takes to drop tokens.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from fewbit.checkpoint.damage import damage_named, is_size, read_object, shortened
-from fewbit.errors import CannotLower, CorruptFile, UsageError
+from fewbit.errors import CannotLower, CorruptFile, EngineError, UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
 
@@ -56,16 +59,31 @@ class NativeDecoder:
         self.block = block
         self.eos = eos
         self._logits = np.empty((1, vocabulary), np.float32)
+        self._running = threading.Lock()
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """See `Decoder.forward`; `ValueError` for tokens, positions or slots that there are not."""
-        program = self._open_program()
-        wanted = batch.wanted.size
-        if wanted > self._logits.shape[0]:
-            self._logits = np.empty((wanted, self.vocabulary), np.float32)
-        logits = self._logits[:wanted]
-        program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
-        return logits
+        """See `Decoder.forward`; `ValueError` for tokens, positions or slots that there are not, `EngineError` while
+        another thread is in here."""
+        with self._alone() as program:
+            wanted = batch.wanted.size
+            if wanted > self._logits.shape[0]:
+                self._logits = np.empty((wanted, self.vocabulary), np.float32)
+            logits = self._logits[:wanted]
+            program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
+            return logits
+
+    @contextmanager
+    def _alone(self) -> Iterator[Any]:
+        """The program, for one thread: its buffers are there once. Others are refused, not kept waiting, because the
+        logits that they would wait for overwrite those that the first one still reads."""
+        if not self._running.acquire(blocking=False):
+            raise EngineError(
+                "a decoder serves one thread at a time; use an Engine, which any number of threads may ask"
+            )
+        try:
+            yield self._open_program()
+        finally:
+            self._running.release()
 
     def _open_program(self) -> Any:
         if self._program is None:
@@ -74,7 +92,8 @@ class NativeDecoder:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder.copy`; `ValueError` for slots and lengths that there are not."""
-        self._open_program().copy(source, target, length)
+        with self._alone() as program:
+            program.copy(source, target, length)
 
     def close(self) -> None:
         """See `Decoder.close`."""
