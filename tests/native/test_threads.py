@@ -1,4 +1,4 @@
-"""The pool of threads under ThreadSanitizer, in a program of its own: callers at once, sessions, sizes, a forked child."""
+"""The pool of threads under ThreadSanitizer, in a program of its own: many callers, sessions, sizes, a forked child."""
 
 import os
 import shutil

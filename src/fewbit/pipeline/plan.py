@@ -206,6 +206,8 @@ def _plan_tensor(
     if kind == "plain":
         reason = "one-dimensional" if len(shape) == 1 else "no linear of this family"
         return _kept(name, shape, kind, reason)
+    if len(shape) != 2:
+        raise CorruptFile(f"{source.path}: {name} has the shape {list(shape)}, no matrix; download the model again")
     body = kind == "body"
     format_name, bits = (options.format_name, options.whole_bits) if body else HEADS[options.head]
     bits = chosen.get(".".join(shared_input.split(".")[:2]), bits)

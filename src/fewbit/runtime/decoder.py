@@ -77,9 +77,7 @@ class NativeDecoder:
         """The program, for one thread: its buffers are there once. Others are refused, not kept waiting, because the
         logits that they would wait for overwrite those that the first one still reads."""
         if not self._running.acquire(blocking=False):
-            raise EngineError(
-                "a decoder serves one thread at a time; use an Engine, which any number of threads may ask"
-            )
+            raise EngineError("a decoder serves one thread at a time; any number of threads may ask an Engine")
         try:
             yield self._open_program()
         finally:
