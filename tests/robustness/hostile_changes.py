@@ -29,7 +29,7 @@ INTEGERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 7, 255, 2**16, 2**31 - 1, 2**31,
 ESCAPES = ("../outside/secret", "../../outside/secret", "/etc/passwd", "..", ".", "", "a/b.safetensors", "x\0y", "\\x",
            "x" * 5000, "\ud800", "model.safetensors/../../outside/secret")  # fmt: skip
 VALUES: tuple[Any, ...] = (*INTEGERS, *ESCAPES, None, True, False, 0.5, -0.0, 1e308, float("nan"), float("inf"), {},
-                           [], [[]], [1, "a"], {"a": 1}, [0] * 1000, "llama", "gpt2", "F64", "I8", "F8_E4M3")  # fmt: skip
+                           [], [[]], [1, "a"], {"a": 1}, [0] * 999, "gpt2", "F64", "I8", "F8_E4M3")  # fmt: skip
 TEXTS = ("", "{", "null", "[]", "3", '"x"', "NaN", "1" * 6000, "[" * 100_000, '{"a":' * 100_000, "\ufeff{}", "{}" * 2)
 LINKS = ("/dev/zero", "/dev/null", "/etc/passwd", ".", "..", "nowhere", "config.json", "../outside/secret")
 WORDS = tuple(struct.pack("<q", value) for value in INTEGERS if -(2**63) <= value < 2**63)

@@ -72,12 +72,9 @@ def digest(tensors: Any) -> str:
     """A hash of results; all NaN are one, because processors differ in which they make."""
     state = hashlib.sha256()
     for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors:
-        plain = (
-            torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
-            if tensor.is_floating_point()
-            else tensor
-        )
-        plain = plain.contiguous()
+        plain = tensor.contiguous()
+        if plain.is_floating_point():
+            plain = torch.where(plain.isnan(), torch.full_like(plain, torch.nan), plain)
         state.update((plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy().tobytes())
     return state.hexdigest()[:16]
 
@@ -164,7 +161,7 @@ def codecs() -> Iterator[tuple[str, str]]:
                 yield f"decode, {name}, {bits} bits, scales {scale_name}", digest(fmt.dequantize(parts, spec))
 
 
-def models(checkpoint: Path) -> Iterator[tuple[str, list[float] | str]]:
+def models(checkpoint: Path) -> Iterator[tuple[str, list[str]]]:
     """Logits of a checkpoint whose norms, scales or tables are extreme."""
     from fewbit.runtime.decoder import open_decoder
 
@@ -186,6 +183,27 @@ def models(checkpoint: Path) -> Iterator[tuple[str, list[float] | str]]:
                     at = np.arange(5, dtype=np.int32)
                     logits = decoder.forward(Batch(tokens, at, np.zeros_like(at), at[-1:]))
                     yield f"{place} {name}, cache {kv}", [repr(float(value)) for value in logits[0]]
+
+
+BOUND = 1e-6
+"""Squared differences of logits over the squares of the logits: models add in another order where vectors are wider."""
+
+
+def differing(one: dict[str, Any], other: dict[str, Any], kind: str) -> list[str]:
+    """Cases whose results are not those of the other: not equal, or, of models, not finite in the same places or
+    farther apart than rounding explains."""
+    names = sorted({*one[kind], *other[kind]})
+    if kind == "exact":
+        return [name for name in names if one[kind].get(name) != other[kind].get(name)]
+    return [name for name in names if not _near(one[kind].get(name, []), other[kind].get(name, []))]
+
+
+def _near(one: list[str], other: list[str]) -> bool:
+    a, b = (np.array([float(value) for value in values]) for values in (one, other))
+    if a.shape != b.shape or not a.size or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return False
+    usable = np.isfinite(a)
+    return bool(((a - b)[usable] ** 2).sum() <= BOUND * (a[usable] ** 2).sum())
 
 
 def measure(checkpoint: Path, native: bool) -> dict[str, Any]:
