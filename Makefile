@@ -7,6 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static test-vllm
+.PHONY: test-threads fuzz bench-robustness
 .PHONY: bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
@@ -39,6 +40,9 @@ test-slow: $(STAMP)  ## Run the tests on the real model (fetched once, some 100 
 test-sanitize: $(STAMP)  ## Run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
 	@sh scripts/test_sanitize.sh
 
+test-threads: $(STAMP)  ## Run the pool of threads under ThreadSanitizer, and one engine from many threads
+	$(BIN)/python -m pytest -q tests/native/test_threads.py tests/robustness/test_threads.py
+
 test-aarch64: $(STAMP)  ## Run the portable kernels on emulated aarch64
 	@sh scripts/test_aarch64.sh
 
@@ -47,6 +51,14 @@ test-gpu-static: $(STAMP)  ## Run the GPU kernels in Triton's interpreter and co
 
 test-vllm: $(STAMP)  ## Run checkpoints inside vLLM, in an environment of its own (some 4 GB, long)
 	@sh scripts/test_vllm.sh
+
+fuzz: $(STAMP)  ## Damage files for 10 minutes of processor time, then for 10 more by coverage, with atheris (own environment)
+	@$(BIN)/python benchmarks/robustness.py files --minutes 10
+	@sh scripts/fuzz.sh 600
+
+bench-robustness: $(STAMP)  ## Measure extreme numbers and many threads
+	@$(BIN)/python benchmarks/robustness.py numerics
+	@$(BIN)/python benchmarks/robustness.py threads
 
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 	@$(BIN)/python benchmarks/encode.py
