@@ -286,7 +286,29 @@ def gpu_model() -> str:
     )
 
 
+def robustness(part: str) -> str:
+    """What was tried in a part of `robustness.py`, and what survived."""
+    path = RESULTS / f"robustness-{part}.json"
+    if not path.exists():
+        return f"Not measured yet: `benchmarks/robustness.py {part}`.\n"
+    report = json.loads(path.read_text())
+    rows = [[row["fault"], *(str(row[key]) for key in ("tried", "survived", "lost"))] for row in report["rows"]]
+    note = f"\n{report['environment']['cpu']}. Made by `benchmarks/robustness.py {part}`.\n"
+    if "cpu_minutes" in report:
+        errors = ", ".join(f"{count} {name}" for name, count in sorted(report["errors"].items()))
+        note = (
+            f"\n{report['cpu_minutes']} minutes of processor time. {report['results'].get('ok', 0)} cases gave an answer, "
+            f"the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time, and the one "
+            f"that took most memory {report['worst_memory_bytes'] / 2**20:.0f} MiB more than it began with, where honest "
+            f"files of the same size took {report['honest_worst_memory_bytes'] / 2**20:.0f} MiB." + note
+        )
+    return markdown(["fault", "tried", "survived", "lost"], rows) + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "robustness-files": partial(robustness, "files"),
+    "robustness-numerics": partial(robustness, "numerics"),
+    "robustness-threads": partial(robustness, "threads"),
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),

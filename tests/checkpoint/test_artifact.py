@@ -89,7 +89,7 @@ def test_an_entry_that_no_format_prescribes_is_refused(copy, change):
 def test_shard_paths_may_not_leave_the_directory(copy):
     index = {"weight_map": {"lm_head.codes": "../elsewhere.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CorruptFile, match="not a file of this directory"):
+    with pytest.raises(CorruptFile, match="not a plain"):
         _ = Artifact.open(copy).files
 
 

@@ -116,6 +116,19 @@ def test_a_plan_cannot_name_a_file_outside_of_its_directory(sandbox, name):
     assert (outcome.result, outcome.error) == ("typed", "CorruptFile"), outcome
 
 
+def test_lists_longer_than_any_vocabulary_are_refused_before_they_are_read(sandbox):
+    data = sandbox.seeds["gguf"]["model.gguf"]
+    fields = int.from_bytes(data[16:24], "little") + 1
+    key = b"general.more"
+    count = 3_000_000
+    more = len(key).to_bytes(8, "little") + key + (9).to_bytes(4, "little") + (0).to_bytes(4, "little")
+    more += count.to_bytes(8, "little") + bytes(count)
+    longer = data[:16] + fields.to_bytes(8, "little") + more + data[24:]
+    outcome = sandbox.run("gguf", "source", 0, {"model.gguf": longer})
+    assert (outcome.result, outcome.error) == ("typed", "CorruptFile"), outcome
+    assert "more than 2000000 values" in outcome.message
+
+
 def test_a_case_is_repeated_from_its_number(sandbox, tmp_path):
     files = sandbox.seeds["plain"]
     assert change(Random(7), files) == change(Random(7), files)

@@ -50,7 +50,7 @@ def parse_json(text: str | bytes, path: Path, remedy: str = "make the checkpoint
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not valid JSON ({first_line(error)}); {remedy}") from error
+        raise CorruptFile(f"{path} is not JSON ({first_line(error)}); {remedy}") from error
 
 
 def read_json(path: Path, remedy: str = "make the checkpoint again") -> Any:
@@ -70,7 +70,7 @@ def read_object(path: Path, remedy: str = "make the checkpoint again") -> dict[s
     """The same for a file that holds a JSON object."""
     found = read_json(path, remedy)
     if not isinstance(found, dict):
-        raise CorruptFile(f"{path} holds no JSON object; {remedy}")
+        raise CorruptFile(f"{path} holds no settings; {remedy}")
     return found
 
 

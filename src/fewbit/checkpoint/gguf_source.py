@@ -27,6 +27,9 @@ from fewbit.errors import CorruptFile, UsageError
 from fewbit.experts import separate_experts
 from fewbit.models import families, get_family
 
+MAX_ITEMS = 2_000_000
+"""Values that the lists of a GGUF header may hold together: a vocabulary has some four lists of up to 300 000. The `gguf`
+package makes objects of each value, slowly."""
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -248,7 +251,7 @@ class _Header:
     """Bounded reading of a GGUF header."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.at = path, 0
+        self.path, self.at, self.items = path, 0, 0
         self._data = file.read(MAX_HEADER + 1)
 
     def damaged(self, why: str) -> CorruptFile:
@@ -273,6 +276,9 @@ class _Header:
             self.skip(self.number(8))
         elif kind == _ARRAY:
             item, count = self.number(4), self.number(8)
+            self.items += count
+            if self.items > MAX_ITEMS:
+                raise self.damaged(f"its lists hold more than {MAX_ITEMS} values")
             if item in _SCALAR_BYTES:
                 self.skip(_SCALAR_BYTES[item] * count)
             elif item == _STRING:
