@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from fewbit.checkpoint.damage import check_config, indexed_files, is_size, parse_json, read_object
+from fewbit.checkpoint.damage import check_config, indexed_files, is_size, parse_json, read_object, shortened
 from fewbit.checkpoint.store import FORMAT_VERSION, RECORD, tensors_hash
 from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile, FewbitError, UsageError
@@ -121,10 +121,16 @@ class Artifact:
         return {name: file for file, names in indexed_files(index).items() for name in names}
 
     def check_config(self) -> None:
-        """Raises `CorruptFile` for a configuration with sizes that no checkpoint of these files has."""
-        size = sum((self.path / file).stat().st_size for file in set(self.files.values()))
+        """Raises `CorruptFile` for a configuration or a record with sizes that no checkpoint of these files has."""
         # No format stores a weight in less than a bit.
-        check_config(SimpleNamespace(**self.config), 8 * size, self.files, self.path / "config.json")
+        most = 8 * sum((self.path / file).stat().st_size for file in set(self.files.values()))
+        check_config(SimpleNamespace(**self.config), most, self.files, self.path / "config.json")
+        for entry in self.record["tensors"]:
+            if not math.prod(entry["shape"]) == entry["weights"] <= most:
+                raise CorruptFile(
+                    f"{self.path}: {entry['name']} has {entry['weights']} weights by its record, and the shape "
+                    f"{shortened(entry['shape'])}; copy the checkpoint again"
+                )
 
     def tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Read some tensors by their full names."""

@@ -28,8 +28,8 @@ from fewbit.experts import separate_experts
 from fewbit.models import families, get_family
 
 MAX_ITEMS = 2_000_000
-"""Values that the lists of a GGUF header may hold together: a vocabulary has some four lists of up to 300 000. The `gguf`
-package makes objects of each value, slowly."""
+"""Values that the lists of a GGUF header may hold together: a vocabulary has some four lists of up to 300 000. The
+`gguf` package makes objects of each value, slowly."""
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")

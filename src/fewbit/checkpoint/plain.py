@@ -50,9 +50,18 @@ def load_plain(source: Source, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def _check_fits(source: Source, model: Any, family: Family | None) -> None:
-    """Raises `CorruptFile` for a parameter of the model that the source lacks or has in another shape."""
-    if family is not None:
-        separate_experts(model, family)
+    """Raises `CorruptFile` for a model much larger than the source, and for a parameter of a model of a known family that
+    the source lacks or has in another shape: transformers would fill it with random numbers."""
+    described, held = sum(parameter.numel() for parameter in model.parameters()), source.weights()
+    if described > 2 * held:
+        raise CorruptFile(
+            f"{source.path}: the configuration describes {described} weights, the files hold {held}; copy config.json "
+            "from the model"
+        )
+    # Of other families transformers knows older names too.
+    if family is None:
+        return
+    separate_experts(model, family)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     known = set(source.names())
     for name, parameter in model.named_parameters():

@@ -42,13 +42,11 @@ class SafetensorsFile:
         self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
         """Dtype, shape and place in the file."""
         for name, entry in header.items():
-            if entry["dtype"] not in NAMES:
-                raise CorruptFile(f"{path}: {name} has dtype {entry['dtype']}; known are {', '.join(NAMES)}")
-            start, stop = entry["data_offsets"]
-            # The library looks at the last of two entries of one name, and not every reader of JSON does.
-            if stop - start != math.prod(entry["shape"]) * numpy_dtype(entry["dtype"]).itemsize:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            # Of two entries of one name the library may have looked at the other.
+            if dtype in NAMES and stop - start != math.prod(shape) * numpy_dtype(dtype).itemsize:
                 raise self._damaged(ValueError(f"the place of {name} does not fit its shape"))
-            self.tensors[name] = (entry["dtype"], tuple(entry["shape"]), 8 + size + start)
+            self.tensors[name] = (dtype, shape, 8 + size + start)
 
     def _damaged(self, error: Exception) -> CorruptFile:
         return CorruptFile(f"{self.path}: {first_line(error)}; the file is cut off or damaged, download it again")
@@ -59,6 +57,8 @@ class SafetensorsFile:
         The array is new and of the stored dtype, bfloat16 as its bits uint16.
         """
         dtype, shape, _ = self.tensors[name]
+        if dtype not in NAMES:
+            raise CorruptFile(f"{self.path}: {name} has dtype {dtype}; known are {', '.join(NAMES)}")
         numbers = np.empty(shape if count is None else count, numpy_dtype(dtype))
         self.read_into(numbers, name, first)
         return numbers

@@ -156,15 +156,15 @@ class Plan:
 def _check_planned(tensor: PlannedTensor) -> None:
     """Raises `ValueError` for a tensor that no plan has: files are named after it, and memory is taken for it."""
     texts = (tensor.name, tensor.kind, tensor.shared_input, tensor.dtype, tensor.reason)
-    if not all(isinstance(text, str) for text in texts) or not is_size(tensor.bytes, 0):
+    if not all(isinstance(text, str) for text in texts) or type(tensor.bytes) is not int:
         raise ValueError(f"{shortened(tensor.name)} has fields of another type")
-    if not re.fullmatch(r"[\w.-]{1,200}", tensor.name, re.ASCII) or tensor.name.startswith("."):
-        raise ValueError(f"{shortened(tensor.name)} is no name of a tensor")
     if not all(is_size(size, 0) for size in tensor.shape):
         raise ValueError(f"{tensor.name} has no such shape")
     spec = tensor.spec
     if spec is None:
         return
+    if not re.fullmatch(r"[\w.-]{1,200}", tensor.name, re.ASCII) or tensor.name.startswith("."):
+        raise ValueError(f"{shortened(tensor.name)} is no name of a matrix")
     if tensor.shape != (spec.rows, spec.cols) or not _accepted(spec):
         raise ValueError(f"{tensor.name} cannot be stored as {spec!r}")
 
