@@ -297,10 +297,10 @@ def robustness(part: str) -> str:
     if "cpu_minutes" in report:
         errors = ", ".join(f"{count} {name}" for name, count in sorted(report["errors"].items()))
         note = (
-            f"\n{report['cpu_minutes']} minutes of processor time. {report['results'].get('ok', 0)} cases gave an answer,"
-            f" the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time, and the one"
-            f" that took most memory {report['worst_memory_bytes'] / 2**20:.0f} MiB more than it began with, where the"
-            f" honest files took up to {report['honest_worst_memory_bytes'] / 2**20:.0f} MiB." + note
+            f"\n{report['cpu_minutes']} minutes of processor time. {report['results'].get('ok', 0)} cases gave an"
+            f" answer, the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time, and the"
+            f" one that took most memory {report['worst_memory_bytes'] / 2**20:.0f} MiB more than it began with, where"
+            f" the honest files took up to {report['honest_worst_memory_bytes'] / 2**20:.0f} MiB." + note
         )
     return markdown(["fault", "tried", "survived", "lost"], rows) + note
 

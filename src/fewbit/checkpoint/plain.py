@@ -50,8 +50,8 @@ def load_plain(source: Source, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def _check_fits(source: Source, model: Any, family: Family | None) -> None:
-    """Raises `CorruptFile` for a model much larger than the source, and for a parameter of a model of a known family that
-    the source lacks or has in another shape: transformers would fill it with random numbers."""
+    """Raises `CorruptFile` for a model much larger than the source, and, in a known family, for a parameter that the
+    source lacks or has in another shape: transformers would fill it with random numbers."""
     described, held = sum(parameter.numel() for parameter in model.parameters()), source.weights()
     if described > 2 * held:
         raise CorruptFile(
