@@ -296,11 +296,11 @@ def robustness(part: str) -> str:
     note = f"\n{report['environment']['cpu']}. Made by `benchmarks/robustness.py {part}`.\n"
     if "cpu_minutes" in report:
         errors = ", ".join(f"{count} {name}" for name, count in sorted(report["errors"].items()))
+        worst, honest = (report[f"{kind}worst_memory_bytes"] / 2**20 for kind in ("", "honest_"))
         note = (
-            f"\n{report['cpu_minutes']} minutes of processor time. {report['results'].get('ok', 0)} cases gave an"
-            f" answer, the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time, and the"
-            f" one that took most memory {report['worst_memory_bytes'] / 2**20:.0f} MiB more than it began with, where"
-            f" the honest files took up to {report['honest_worst_memory_bytes'] / 2**20:.0f} MiB." + note
+            f"\n{report['cpu_minutes']} minutes of processor time. {report['results'].get('ok', 0)} cases gave an "
+            f"answer, the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time. The process "
+            f"grew by {worst:.0f} MiB at most, and by {honest:.0f} MiB at most with the honest files." + note
         )
     return markdown(["fault", "tried", "survived", "lost"], rows) + note
 
