@@ -299,8 +299,8 @@ def robustness(part: str) -> str:
         worst, honest = (report[f"{kind}worst_memory_bytes"] / 2**20 for kind in ("", "honest_"))
         note = (
             f"\n{report['cpu_minutes']} minutes of processor time. {report['results'].get('ok', 0)} cases gave an "
-            f"answer, the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time. The process "
-            f"grew by {worst:.0f} MiB at most, and by {honest:.0f} MiB at most with the honest files." + note
+            f"answer, the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time. The "
+            f"process grew by {worst:.0f} MiB at most, and by {honest:.0f} MiB at most with the honest files." + note
         )
     return markdown(["fault", "tried", "survived", "lost"], rows) + note
 
