@@ -31,7 +31,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, An
                 raise CorruptFile(f"{path} lacks the tensor {module.name}.{part}; copy the checkpoint again")
     artifact.check_config()
     with damage_named(artifact.path, "copy the checkpoint again"):
-        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(artifact.path), dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     model, loading = loaded
