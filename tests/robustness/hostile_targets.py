@@ -133,7 +133,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 }
 """Ways in, by the kind of files (`hostile_seeds.make_seeds`)."""
 
-MAY_WRITE = {"plan": "work", "resumed": "work"}
-"""Directories of the input that belong to the run and are written to."""
+MAY_WRITE = {"plan": ("work",), "resumed": ("work", "work.lock")}
+"""What of the input belongs to the run and is written to."""
 
 TYPED = FewbitError

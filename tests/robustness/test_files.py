@@ -95,7 +95,7 @@ def test_json_that_is_none_or_nested_too_deep_is_a_typed_error(sandbox, kind, ta
     [
         ("plain", "source", "config.json"),
         ("plain", "source", "model.safetensors"),
-        ("trellis", "verify", "model.safetensors"),
+        ("trellis", "loading", "model.safetensors"),
         ("gguf", "exported", "model.gguf"),
         ("plan", "plan", PLAN),
     ],
@@ -135,11 +135,12 @@ def test_a_case_is_repeated_from_its_number(sandbox, tmp_path):
     assert write_files(files, tmp_path / "honest") == sum(len(data) for data in files.values())
 
 
+MUCH = CONSTANT_BYTES + (100 << 20)
 BAD = {
     "crash": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "hang": "while True: pass",
     "untyped": "raise ValueError('x')",
-    "memory": "x = bytearray(200 << 20)",
+    "memory": f"x = bytes(1) * {MUCH}",
     "wrote": "open(path.parent / 'outside' / 'more', 'w').close()",
 }
 
