@@ -30,7 +30,7 @@ CPU_SECONDS = 60 if SANITIZED else 5
 WALL_SECONDS = 60.0
 """A case that takes so long without computing hangs too; much more than the processor time, for busy machines."""
 CONSTANT_BYTES = 2 << 30 if SANITIZED else 64 << 20
-"""What a case may add to the process's memory beside twice the size of its files; a sanitizer keeps books of its own."""
+"""What a case may add to the process's memory beside twice its files; a sanitizer keeps books of its own."""
 ADDRESS_BYTES = 4 << 30
 """What a case may reserve: an allocation beyond is refused by the system and shows as an error that is not typed."""
 
