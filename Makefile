@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static test-vllm
-.PHONY: test-schema test-storm lock audit wheel
+.PHONY: test-schema test-storm test-threads fuzz lock audit wheel bench-robustness
 .PHONY: bench bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
 
 help:  ## Show this list
@@ -40,6 +40,9 @@ test-slow: $(STAMP)  ## Run the tests on the real model (fetched once, some 100 
 test-sanitize: $(STAMP)  ## Run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
 	@sh scripts/test_sanitize.sh
 
+test-threads: $(STAMP)  ## Run the pool of threads under ThreadSanitizer, and one engine from many threads
+	$(BIN)/python -m pytest -q tests/native/test_threads.py tests/robustness/test_threads.py
+
 test-aarch64: $(STAMP)  ## Run the portable kernels on emulated aarch64
 	@sh scripts/test_aarch64.sh
 
@@ -63,6 +66,14 @@ audit: $(STAMP)  ## Ask the advisory database about every locked package (needs 
 
 wheel: $(STAMP)  ## Build the wheel twice, compare, install it into an empty environment, list its parts (dist/)
 	@sh scripts/build_wheel.sh
+
+fuzz: $(STAMP)  ## Damage files for 10 minutes of processor time, then for 10 more by coverage, with atheris (own environment)
+	@$(BIN)/python benchmarks/robustness.py files --minutes 10
+	@sh scripts/fuzz.sh 600
+
+bench-robustness: $(STAMP)  ## Measure extreme numbers and many threads
+	@$(BIN)/python benchmarks/robustness.py numerics
+	@$(BIN)/python benchmarks/robustness.py threads
 
 bench: $(STAMP)  ## Run every benchmark and write the tables (very long; goes on where it was cut off)
 	@$(BIN)/python benchmarks/bench.py

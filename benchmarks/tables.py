@@ -344,6 +344,26 @@ def gpu_model() -> str:
     )
 
 
+def robustness_interrupted() -> str:
+    """Kills at random moments, and other faults that runs met."""
+    made = RESULTS / "robustness-interrupted.json"
+    if not made.exists():
+        return "Not measured yet: `benchmarks/robustness_interrupted.py`.\n"
+    report = json.loads(made.read_text())
+    lines, moments = [], []
+    for kind, found in report["kills"].items():
+        lost = found["different"] + found["failed"]
+        lines.append([f"SIGKILL, {kind}", str(found["killed"]), str(found["killed"] - lost), str(lost)])
+        moments += [f"{count} while {stage}" for stage, count in found["killed_while"].items()]
+    for fault, found in report["faults"].items():
+        lines.append([fault, str(found["tried"]), str(found["tried"] - found["lost"]), str(found["lost"])])
+    note = (
+        f"\nKills: {', '.join(moments)}; at most two in one run. {report['environment']['cpu']}. Made by "
+        f"`benchmarks/robustness_interrupted.py`.\n"
+    )
+    return markdown(["fault", "tried", "survived", "lost"], lines) + note
+
+
 def storm_rows(report: dict[str, Any]) -> list[list[str]]:
     """Fault, tried, survived and lost of one storm."""
     sent, answers = report["sent"], report["answers"]
@@ -414,7 +434,29 @@ def robustness_supply() -> str:
     return markdown(["fault", "tried", "survived", "lost"], table) + note
 
 
+def robustness(part: str) -> str:
+    """What was tried in a part of `robustness.py`, and what survived."""
+    path = RESULTS / f"robustness-{part}.json"
+    if not path.exists():
+        return f"Not measured yet: `benchmarks/robustness.py {part}`.\n"
+    report = json.loads(path.read_text())
+    rows = [[row["fault"], *(str(row[key]) for key in ("tried", "survived", "lost"))] for row in report["rows"]]
+    note = f"\n{report['environment']['cpu']}. Made by `benchmarks/robustness.py {part}`.\n"
+    if "cpu_minutes" in report:
+        errors = ", ".join(f"{count} {name}" for name, count in sorted(report["errors"].items()))
+        worst, honest = (report[f"{kind}worst_memory_bytes"] / 2**20 for kind in ("", "honest_"))
+        note = (
+            f"\n{report['cpu_minutes']} minutes of processor time. {report['results'].get('ok', 0)} cases gave an "
+            f"answer, the others {errors}. The slowest took {report['worst_cpu_seconds']:.1f} s of processor time. The "
+            f"process grew by {worst:.0f} MiB at most, and by {honest:.0f} MiB at most with the honest files." + note
+        )
+    return markdown(["fault", "tried", "survived", "lost"], rows) + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "robustness-files": partial(robustness, "files"),
+    "robustness-numerics": partial(robustness, "numerics"),
+    "robustness-threads": partial(robustness, "threads"),
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
@@ -428,6 +470,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "gpu-static": gpu_static,
     "gpu-model": gpu_model,
+    "robustness-interrupted": robustness_interrupted,
     "robustness-supply": robustness_supply,
     "robustness-server": partial(robustness_server, "toy", "A toy model"),
     "robustness-server-smollm2": partial(robustness_server, "smollm2", "SmolLM2-135M in 3 bits"),

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fewbit.checkpoint.artifact import Artifact, is_artifact
+from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.plain import load_plain
-from fewbit.checkpoint.source import open_source
+from fewbit.checkpoint.source import load_tokenizer, open_source
 from fewbit.errors import CorruptFile
 
 
@@ -28,8 +29,16 @@ def load(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, An
         for part in module.layout():
             if f"{module.name}.{part}" not in artifact.files:
                 raise CorruptFile(f"{path} lacks the tensor {module.name}.{part}; copy the checkpoint again")
-    model = AutoModelForCausalLM.from_pretrained(str(artifact.path), dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(str(artifact.path))
+    artifact.check_config()
+    with damage_named(artifact.path, "copy the checkpoint again"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(artifact.path), dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    model, loading = loaded
+    # transformers would fill it with random numbers.
+    if lost := {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}:
+        raise CorruptFile(f"{path} lacks the tensor {min(lost)}, or it has another shape; copy the checkpoint again")
+    return model.eval(), load_tokenizer(artifact.path)
 
 
 def load_any(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:

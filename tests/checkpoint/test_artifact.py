@@ -60,6 +60,26 @@ def test_a_missing_tensor_is_found_by_verify_and_refused_by_load(copy):
         load(copy)
 
 
+def test_a_missing_plain_tensor_is_refused_by_load_and_not_made_up(copy):
+    edit_tensors(copy, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CorruptFile, match=r"lacks the tensor model\.norm\.weight"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights": 0}, {"weights": 1 << 40}, {"shape": [1 << 30, 1 << 30]}, {"shape": "x"}, {"bytes": None}, {"name": 3},
+     {"relative_error": float("nan")}, {"sha256": []}, {"format": None}],
+)  # fmt: skip
+def test_a_record_that_describes_no_tensors_of_the_files_is_refused(copy, change):
+    record = json.loads((copy / "fewbit.json").read_text())
+    entry = next(entry for entry in record["tensors"] if entry["format"])
+    entry.update(change)
+    (copy / "fewbit.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptFile, match=r"does not describe|by its record"):
+        Artifact.open(copy).check_config()
+
+
 def test_a_part_of_another_dtype_is_refused(copy):
     def widen(tensors):
         tensors["model.layers.1.mlp.up_proj.scales"] = tensors["model.layers.1.mlp.up_proj.scales"].float()
@@ -89,7 +109,7 @@ def test_an_entry_that_no_format_prescribes_is_refused(copy, change):
 def test_shard_paths_may_not_leave_the_directory(copy):
     index = {"weight_map": {"lm_head.codes": "../elsewhere.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CorruptFile, match="not a file of this directory"):
+    with pytest.raises(CorruptFile, match="not a plain"):
         _ = Artifact.open(copy).files
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fewbit.checkpoint.store import ShardedWriter, read_json, read_tensors, tensors_hash, write_json, write_tensors
+from fewbit.checkpoint.damage import read_json
+from fewbit.checkpoint.store import ShardedWriter, read_tensors, tensors_hash, write_json, write_tensors
 from fewbit.dtypes import NAMES, torch_dtype
 from fewbit.errors import CorruptFile, FewbitError
 

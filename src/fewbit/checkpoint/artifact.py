@@ -6,17 +6,18 @@ entry per quantized module, and whose `fewbit.json` records hashes and errors.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from fewbit.checkpoint.store import FORMAT_VERSION, RECORD, read_json, tensors_hash
+from fewbit.checkpoint.damage import check_config, indexed_files, is_size, parse_json, read_object, shortened
+from fewbit.checkpoint.store import FORMAT_VERSION, RECORD, tensors_hash
 from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.formats import TensorSpec, get_format
@@ -55,12 +56,14 @@ def modules_to_json(modules: list[QuantizedModule]) -> dict[str, Any]:
 
 def modules_from_json(data: dict[str, Any]) -> dict[str, QuantizedModule]:
     """Parse and validate the `modules` table of a quantization config; raises `CorruptFile`."""
+    if not isinstance(data, dict):
+        raise CorruptFile("the modules of quantization_config are no table; copy the checkpoint again")
     modules = {}
     for name, entry in data.items():
         try:
             fields = dict(entry)
             kind = fields.pop("kind")
-            spec = TensorSpec(**fields)
+            spec = TensorSpec.from_json(fields)
             accepted = get_format(spec.format).accepts(spec)
         except (TypeError, KeyError, ValueError, FewbitError) as error:
             raise CorruptFile(f"{name}: its entry in quantization_config is not valid ({error})") from error
@@ -72,6 +75,8 @@ def modules_from_json(data: dict[str, Any]) -> dict[str, QuantizedModule]:
 
 def check_version(quantization_config: dict[str, Any]) -> None:
     """Refuse checkpoints of a format version this release does not know."""
+    if not isinstance(quantization_config, dict):
+        raise CorruptFile("the quantization_config of the checkpoint is no table; copy the checkpoint again")
     version = quantization_config.get("format_version")
     if version != FORMAT_VERSION:
         raise FewbitError(
@@ -85,7 +90,7 @@ class Artifact:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_json(path / "config.json")
+        self.config = read_object(path / "config.json")
         self.quantization = self.config.get("quantization_config") or {}
         check_version(self.quantization)
         self.modules = modules_from_json(self.quantization.get("modules", {}))
@@ -110,14 +115,22 @@ class Artifact:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
             single = self.path / "model.safetensors"
-            if not single.exists():
+            if not single.is_file():
                 raise CorruptFile(f"{self.path} holds no model.safetensors; copy the checkpoint again")
             return dict.fromkeys(_safe_keys(single), single.name)
-        weight_map = read_json(index).get("weight_map", {})
-        for name in set(weight_map.values()):
-            if Path(name).name != name or not (self.path / name).is_file():
-                raise CorruptFile(f"{index}: shard '{name}' is not a file of this directory")
-        return dict(weight_map)
+        return {name: file for file, names in indexed_files(index).items() for name in names}
+
+    def check_config(self) -> None:
+        """Raises `CorruptFile` for a configuration or a record with sizes that no checkpoint of these files has."""
+        # No format stores a weight in less than a bit.
+        most = 8 * sum((self.path / file).stat().st_size for file in set(self.files.values()))
+        check_config(SimpleNamespace(**self.config), most, self.files, self.path / "config.json")
+        for entry in self.record["tensors"]:
+            if not math.prod(entry["shape"]) == entry["weights"] <= most:
+                raise CorruptFile(
+                    f"{self.path}: {entry['name']} has {entry['weights']} weights by its record, and the shape "
+                    f"{shortened(entry['shape'])}; copy the checkpoint again"
+                )
 
     def tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Read some tensors by their full names."""
@@ -213,8 +226,8 @@ def is_artifact(path: Path) -> bool:
     if not config.is_file():
         return False
     try:
-        method = json.loads(config.read_text()).get("quantization_config", {}).get("quant_method")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        method = read_object(config).get("quantization_config", {}).get("quant_method")
+    except (CorruptFile, AttributeError):
         return False
     return bool(method == "fewbit") and _has_record(path)
 
@@ -226,16 +239,50 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """
     beside = directory / RECORD
     if beside.is_file():
-        return dict(read_json(beside))
+        return checked_record(read_object(beside), beside)
     weights = min(directory.glob("model*.safetensors"), default=None)
     if weights is None:
         return None
     with _open(weights, "numpy") as handle:
         text = (handle.metadata() or {}).get(RECORD)
-    try:
-        return None if text is None else dict(json.loads(text))
-    except ValueError as error:
-        raise CorruptFile(f"{weights}: {RECORD} in its header is not valid JSON ({error}); save it again") from error
+    return None if text is None else checked_record(parse_json(text, weights, "save it again"), weights)
+
+
+def checked_record(record: Any, path: Path) -> dict[str, Any]:
+    """A record as it is; raises `CorruptFile` for one that does not describe tensors."""
+    for entry in record["tensors"] if _is_record(record) else [None]:
+        if not (isinstance(entry, dict) and _is_entry(entry)):
+            raise CorruptFile(f"{path} does not describe the checkpoint's tensors; copy the checkpoint again")
+    return dict(record)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it has the fields that the record of a checkpoint has, its tensors left aside."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("tensors"), list)
+        and len(record["tensors"]) > 0
+        and isinstance(record.get("options"), dict)
+        and isinstance(record.get("source_fingerprint"), str)
+    )
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether it is what a record says of one tensor."""
+    shape, error = entry.get("shape"), entry.get("relative_error", 0.0)
+    counts = (entry.get("bytes"), entry.get("weights"))
+    return (
+        all(isinstance(entry.get(field), str) for field in ("name", "kind", "sha256"))
+        and all(type(count) is int and count > 0 for count in counts)
+        and isinstance(shape, list)
+        and all(is_size(size, 0) for size in shape)
+        and isinstance(entry.get("format"), str)
+        and isinstance(entry.get("bits"), int)
+        and isinstance(entry.get("dtype", "" if entry["format"] else None), str)
+        and ("relative_error" in entry or not entry["format"])
+        and type(error) in (int, float)
+        and math.isfinite(error)
+    )
 
 
 def _has_record(directory: Path) -> bool:
@@ -247,6 +294,8 @@ def _has_record(directory: Path) -> bool:
 
 def check_header(path: Path) -> None:
     """Refuse safetensors files whose header is larger than any honest one."""
+    if not path.is_file():
+        raise CorruptFile(f"{path} is missing, or no plain file; copy the checkpoint again")
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if size > MAX_HEADER_BYTES:

@@ -17,8 +17,8 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule
+from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.source import Source, copy_companions, fingerprint_files, load_tokenizer, strip_quantization
-from fewbit.checkpoint.tensors import first_line
 from fewbit.errors import CorruptFile
 from fewbit.experts import separate_experts
 from fewbit.formats import get_format
@@ -60,10 +60,9 @@ class DecodedSource(Source):
     def __init__(self, artifact: Artifact) -> None:
         self.path = artifact.path
         self.artifact = artifact
-        try:
+        artifact.check_config()
+        with damage_named(artifact.path, "copy the checkpoint again"):
             config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            raise CorruptFile(f"{artifact.path}: {first_line(error)}; copy the checkpoint again") from error
         self.config = strip_quantization(config)
         self.notes: list[str] = []
         self._held: _Module | None = None

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
+from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.source import strip_quantization
-from fewbit.checkpoint.tensors import first_line
-from fewbit.errors import CorruptFile, UsageError
+from fewbit.errors import UsageError
 
 LOCAL_THETA = 10000.0  # of Gemma's local layers, where the file does not say
 GEMMA_27B_LAYERS = 62  # the one Gemma 3 whose scores are not scaled by its head's size, as llama.cpp tells it apart
@@ -48,7 +48,7 @@ def read_config(
     for metadata that make no model and `UsageError` for a model that transformers cannot express.
     """
     file = metadata.file
-    try:
+    with damage_named(file, "no usable configuration; download it again"):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         changes = _changes(metadata, shapes, config, rope_factors)
         if "model_type" in changes:
@@ -58,9 +58,7 @@ def read_config(
             # Layer types follow from the numbers of layers, and are made anew.
             known = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
             config = type(config)(**{**known, **changes})
-    except (ValueError, KeyError, TypeError, OSError, ZeroDivisionError, ArithmeticError) as error:
-        raise CorruptFile(f"{file}: no usable configuration ({first_line(error)}); download it again") from error
-    return strip_quantization(config)
+        return strip_quantization(config)
 
 
 def _changes(

@@ -7,6 +7,7 @@ family in `fewbit.models` names are read, and any tensor that has no place in th
 from __future__ import annotations
 
 import functools
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from fewbit.checkpoint.damage import check_config, damage_named
 from fewbit.checkpoint.gguf_config import ROPE_FREQS, Metadata, read_config
 from fewbit.checkpoint.source import Source, fingerprint_files
 from fewbit.checkpoint.tensors import MAX_HEADER, first_line
@@ -25,6 +27,9 @@ from fewbit.errors import CorruptFile, UsageError
 from fewbit.experts import separate_experts
 from fewbit.models import families, get_family
 
+MAX_ITEMS = 2_000_000
+"""Values that the lists of a GGUF header may hold together: a vocabulary has some four lists of up to 300 000. The
+`gguf` package makes objects of each value, slowly."""
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -80,7 +85,9 @@ class GgufSource(Source):
 
     def _by_state_name(self, architecture: str, tensors: dict[str, _Stored]) -> dict[str, _Stored]:
         """Tensors of the file under the names of the transformers state dict, in its order, experts one by one."""
-        with torch.device("meta"):
+        weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
+        check_config(self.config, weights, tensors, self.path)
+        with torch.device("meta"), damage_named(self.path, "download it again"):
             model = AutoModelForCausalLM.from_config(self.config)
             separate_experts(model, self._family)
         # Configurations that come out of GGUF name no class; other hosts want one.
@@ -194,17 +201,13 @@ def readable_types() -> tuple[gguf.GGMLQuantizationType, ...]:
 
 def _open(file: Path) -> gguf.GGUFReader:
     check_header(file)
-    try:
+    with damage_named(file, "the file is damaged, download it again"):
         return gguf.GGUFReader(file)
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise CorruptFile(f"{file}: {first_line(error)}; the file is damaged, download it again") from error
 
 
 def _metadata(file: Path, reader: gguf.GGUFReader) -> Metadata:
-    try:
+    with damage_named(file, "the file is damaged, download it again"):
         metadata = Metadata(file, reader.fields)
-    except (ValueError, KeyError) as error:
-        raise CorruptFile(f"{file}: {first_line(error)}; the file is damaged, download it again") from error
     known = sorted({name for family in families() for name in family.gguf_arch})
     if metadata.architecture not in known:
         raise UsageError(
@@ -225,6 +228,8 @@ def check_header(path: Path) -> int:
     Raises `CorruptFile` unless every count and length stays within `MAX_HEADER` and the file. The `gguf`
     package trusts them, and would loop over an absurd count for hours.
     """
+    if not path.is_file():
+        raise CorruptFile(f"{path}: missing, or no plain file; download it again")
     with path.open("rb") as file:
         header = _Header(path, file)
         if header.take(4) != b"GGUF":
@@ -246,7 +251,7 @@ class _Header:
     """Bounded reading of a GGUF header."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.at = path, 0
+        self.path, self.at, self.items = path, 0, 0
         self._data = file.read(MAX_HEADER + 1)
 
     def damaged(self, why: str) -> CorruptFile:
@@ -271,6 +276,9 @@ class _Header:
             self.skip(self.number(8))
         elif kind == _ARRAY:
             item, count = self.number(4), self.number(8)
+            self.items += count
+            if self.items > MAX_ITEMS:
+                raise self.damaged(f"its lists hold more than {MAX_ITEMS} values")
             if item in _SCALAR_BYTES:
                 self.skip(_SCALAR_BYTES[item] * count)
             elif item == _STRING:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
+from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.equivalent import rotate_output
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import SHARD_LIMIT, ShardedWriter
 from fewbit.errors import CorruptFile, UsageError
-from fewbit.experts import fuse_names
-from fewbit.models import OUTPUT_ROTATION, find_family
+from fewbit.experts import fuse_names, separate_experts
+from fewbit.models import OUTPUT_ROTATION, Family, find_family
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -28,8 +29,10 @@ def load_plain(source: Source, dtype: torch.dtype = torch.bfloat16) -> Any:
 
     Raises `CorruptFile` when the source lacks a tensor, which transformers would fill with random numbers.
     """
-    weights = {name: source.tensor(name).to(dtype) for name in source.names()}
     family = find_family(source.config.model_type)
+    with damage_named(source.path, "download the model again"), torch.device("meta"):
+        _check_fits(source, AutoModelForCausalLM.from_config(source.config), family)
+    weights = {name: source.tensor(name).to(dtype) for name in source.names()}
     weights = fuse_names(weights, family)
     rotation = weights.pop(f"{family.final_norm}.{OUTPUT_ROTATION}", None) if family else None
     # The automatic class insists on a path; the model's own class does not need one.
@@ -44,6 +47,33 @@ def load_plain(source: Source, dtype: torch.dtype = torch.bfloat16) -> Any:
         rotate_output(norm)
         norm.rotation.data = rotation
     return model.eval()
+
+
+def _check_fits(source: Source, model: Any, family: Family | None) -> None:
+    """Raises `CorruptFile` for a model much larger than the source, and, in a known family, for a parameter that the
+    source lacks or has in another shape: transformers would fill it with random numbers."""
+    described, held = sum(parameter.numel() for parameter in model.parameters()), source.weights()
+    if described > 2 * held:
+        raise CorruptFile(
+            f"{source.path}: the configuration describes {described} weights, the files hold {held}; copy config.json "
+            "from the model"
+        )
+    # Of other families transformers knows older names too.
+    if family is None:
+        return
+    separate_experts(model, family)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    known = set(source.names())
+    for name, parameter in model.named_parameters():
+        if name in tied and name not in known:
+            continue
+        if name not in known:
+            raise CorruptFile(f"{source.path}: has no tensor {name}; download the model again")
+        if source.shape(name) != tuple(parameter.shape):
+            raise CorruptFile(
+                f"{source.path}: {name} is {list(source.shape(name))}, the configuration says "
+                f"{list(parameter.shape)}; download the model again"
+            )
 
 
 def write_plain(

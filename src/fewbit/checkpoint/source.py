@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewbit.checkpoint.damage import check_config, damage_named, indexed_files, read_object
 from fewbit.checkpoint.tensors import SafetensorsFile, first_line
 from fewbit.dtypes import FLOATS
 from fewbit.errors import CorruptFile, FewbitError, UsageError
@@ -160,6 +161,7 @@ class SafetensorsSource(Source):
             for name, (_, shape, _) in held.tensors.items():
                 if self._is_weight(name):
                     self._where |= _entries(file, name, shape, experts)
+        check_config(self.config, self.weights(), self._where, directory / "config.json")
         for stored in self._where.values():
             dtype = self._files[stored.file].tensors[stored.name][0]
             if dtype not in FLOATS:
@@ -221,7 +223,8 @@ def load_tokenizer(directory: Path) -> Any:
         raise UsageError(f"{directory}: has no tokenizer files; copy them from the original model")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    with damage_named(directory, "copy the tokenizer's files from the original model"):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def copy_companions(directory: Path, out_dir: Path) -> None:
@@ -242,6 +245,8 @@ def _entries(file: str, name: str, shape: tuple[int, ...], experts: Experts | No
     parent, _, leaf = known.rpartition(".")
     if not parent.endswith(f".{experts.module}") or leaf not in ("gate_up_proj", "down_proj"):
         return {known: _Stored(file, name)}
+    if len(shape) != 3 or shape[1] % (2 if leaf == "gate_up_proj" else 1):
+        raise CorruptFile(f"{file}: {name} has the shape {list(shape)}, which experts have not; download it again")
     count, rows = shape[0], shape[1]
     parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
     each = rows // len(parts)
@@ -280,12 +285,9 @@ def _load_config(directory: Path) -> PretrainedConfig:
         raise UsageError(f"{directory}: has no config.json; a Hugging Face directory holds one beside its weights")
     from transformers import AutoConfig
 
-    try:
+    read_object(directory / "config.json", "download the model again")
+    with damage_named(directory / "config.json", "models that bring their own code are not run"):
         return strip_quantization(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-    except (ValueError, OSError, KeyError) as error:
-        raise CorruptFile(
-            f"{directory / 'config.json'}: {first_line(error)}; models that bring their own code are not run"
-        ) from error
 
 
 def _shard_files(directory: Path) -> dict[str, set[str]]:
@@ -293,20 +295,7 @@ def _shard_files(directory: Path) -> dict[str, set[str]]:
     index = directory / INDEX
     if not index.is_file():
         return {SINGLE: set()}
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            files.setdefault(file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFile(f"{index}: not an index of shards ({first_line(error)}); download the model again") from error
-    for file in files:
-        # Plain names only: links inside the directory are fine (the hub's cache is made of them).
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise CorruptFile(f"{index}: shard {file!r} is not a plain .safetensors name in this directory")
-        if not (directory / file).is_file():
-            raise CorruptFile(f"{directory / file}: missing, though the index names it; download the model again")
-    return files
+    return indexed_files(index)
 
 
 def _download(name: str) -> Path:

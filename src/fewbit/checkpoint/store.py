@@ -56,14 +56,6 @@ def write_json(path: Path, data: Any) -> None:
         os.replace(partial, path)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; raises `CorruptFile` where the file is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFile(f"{path} is not valid JSON ({error}); make the checkpoint again") from error
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file under a temporary name, then rename."""
     from safetensors.torch import save_file

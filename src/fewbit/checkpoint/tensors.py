@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fewbit.dtypes import numpy_dtype
+from fewbit.dtypes import NAMES, numpy_dtype
 from fewbit.errors import CorruptFile
 
 MAX_HEADER = 100_000_000
@@ -24,6 +25,9 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # A link may lead to a device or a pipe, which never ends.
+        if not path.is_file():
+            raise CorruptFile(f"{path} is missing, or no plain file; download it again")
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER:
@@ -35,11 +39,14 @@ class SafetensorsFile:
             except (SafetensorError, OSError, ValueError) as error:
                 raise self._damaged(error) from error
         header.pop("__metadata__", None)
-        self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {
-            name: (entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
-            for name, entry in header.items()
-        }
+        self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
         """Dtype, shape and place in the file."""
+        for name, entry in header.items():
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            # Of two entries of one name the library may have looked at the other.
+            if dtype in NAMES and stop - start != math.prod(shape) * numpy_dtype(dtype).itemsize:
+                raise self._damaged(ValueError(f"the place of {name} does not fit its shape"))
+            self.tensors[name] = (dtype, shape, 8 + size + start)
 
     def _damaged(self, error: Exception) -> CorruptFile:
         return CorruptFile(f"{self.path}: {first_line(error)}; the file is cut off or damaged, download it again")
@@ -50,6 +57,8 @@ class SafetensorsFile:
         The array is new and of the stored dtype, bfloat16 as its bits uint16.
         """
         dtype, shape, _ = self.tensors[name]
+        if dtype not in NAMES:
+            raise CorruptFile(f"{self.path}: {name} has dtype {dtype}; known are {', '.join(NAMES)}")
         numbers = np.empty(shape if count is None else count, numpy_dtype(dtype))
         self.read_into(numbers, name, first)
         return numbers

@@ -48,6 +48,15 @@ class TensorSpec:
         inputs = f", inputs in {self.act_bits} bits" if self.act_bits else ""
         return f"{self.format}, {self.bits} bits{branch}{inputs}"
 
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> TensorSpec:
+        """The inverse of `to_json`; raises `TypeError` for fields that are not there or of another type."""
+        spec = cls(**fields)
+        for name, value in asdict(spec).items():
+            if type(value) is not (str if name == "format" else int):
+                raise TypeError(f"{name} cannot be {value!r}")
+        return spec
+
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint's configuration says of it; fields that say nothing are left out."""
         optional = ("rank", "act_bits")

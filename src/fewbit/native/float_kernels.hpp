@@ -108,16 +108,25 @@ inline void turn_heads(float* x, int heads, const RopeJob& job, const float* nor
     }
 }
 
-// A head to 8 bits; returns its scale.
+// A head to 8 bits; returns its scale, which is NaN where the head holds NaN or infinity. Magnitudes are compared as the
+// integers that their bits are, so a NaN is the largest of all and never gets lost.
 inline float quantize_head(const float* x, int dim, int8_t* q) {
-    float largest = 0.0f;
+    uint32_t most = 0;
     for (int i = 0; i < dim; ++i) {
-        const float magnitude = __builtin_fabsf(x[i]);
-        largest = magnitude > largest ? magnitude : largest;
+        uint32_t bits;
+        __builtin_memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffffu;
+        most = bits > most ? bits : most;
     }
-    const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
+    float largest;
+    __builtin_memcpy(&largest, &most, sizeof largest);
+    if (most >= 0x7f800000u || !(largest > kSmallest)) {
+        __builtin_memset(q, 0, static_cast<size_t>(dim));
+        return most >= 0x7f800000u ? __builtin_nanf("") : 0.0f;
+    }
+    const float inverse = 127.0f / largest;
     for (int i = 0; i < dim; ++i) q[i] = static_cast<int8_t>(__builtin_lrintf(x[i] * inverse));
-    return largest > kSmallest ? largest / 127.0f : 0.0f;
+    return largest / 127.0f;
 }
 
 template <class T>

@@ -15,6 +15,7 @@ import torch
 
 from fewbit import __version__
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule, modules_to_json
+from fewbit.checkpoint.damage import read_json
 from fewbit.checkpoint.equivalent import TRANSFORM, equivalent
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import (
@@ -22,7 +23,6 @@ from fewbit.checkpoint.store import (
     IMPORT_FIRST,
     RECORD,
     ShardedWriter,
-    read_json,
     tensors_hash,
     write_json,
 )

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from fewbit import __version__
+from fewbit.checkpoint.damage import is_size, read_json, shortened
 from fewbit.checkpoint.equivalent import EquivalentSource, Transform
 from fewbit.checkpoint.source import Source
-from fewbit.errors import CorruptFile, UnsupportedShape
+from fewbit.errors import CorruptFile, FewbitError, UnsupportedShape
 from fewbit.formats import TensorSpec, get_format
 from fewbit.models import Family, get_family
 from fewbit.pipeline.options import HEADS, QuantizeOptions
@@ -132,10 +133,16 @@ class Plan:
         try:
             tensors = []
             for entry in data["tensors"]:
-                spec = TensorSpec(**entry["spec"]) if entry["spec"] else None
+                spec = TensorSpec.from_json(entry["spec"]) if entry["spec"] else None
                 tensors.append(PlannedTensor(**{**entry, "spec": spec, "shape": tuple(entry["shape"])}))
+                _check_planned(tensors[-1])
+            for field in ("source", "model_type", "fingerprint"):
+                if not isinstance(data[field], str):
+                    raise TypeError(f"{field} cannot be {shortened(data[field])}")
+            if not isinstance(data["options"], dict):
+                raise TypeError("the options are no table")
             return cls(data["source"], data["model_type"], data["fingerprint"], data["options"], tuple(tensors))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptFile(f"the plan does not hold what a plan holds ({error}); remove it with --fresh") from error
 
     def save(self, path: Path) -> None:
@@ -143,10 +150,30 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        try:
-            return cls.from_json(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise CorruptFile(f"{path} is not JSON ({error}); remove it with --fresh") from error
+        return cls.from_json(read_json(path, "remove it with --fresh"))
+
+
+def _check_planned(tensor: PlannedTensor) -> None:
+    """Raises `ValueError` for a tensor that no plan has: files are named after it, and memory is taken for it."""
+    texts = (tensor.name, tensor.kind, tensor.shared_input, tensor.dtype, tensor.reason)
+    if not all(isinstance(text, str) for text in texts) or type(tensor.bytes) is not int:
+        raise ValueError(f"{shortened(tensor.name)} has fields of another type")
+    if not all(is_size(size, 0) for size in tensor.shape):
+        raise ValueError(f"{tensor.name} has no such shape")
+    spec = tensor.spec
+    if spec is None:
+        return
+    if not re.fullmatch(r"[\w.-]{1,200}", tensor.name, re.ASCII) or tensor.name.startswith("."):
+        raise ValueError(f"{shortened(tensor.name)} is no name of a matrix")
+    if tensor.shape != (spec.rows, spec.cols) or not _accepted(spec):
+        raise ValueError(f"{tensor.name} cannot be stored as {spec!r}")
+
+
+def _accepted(spec: TensorSpec) -> bool:
+    try:
+        return get_format(spec.format).accepts(spec)
+    except FewbitError:
+        return False
 
 
 def make_plan(
@@ -179,6 +206,8 @@ def _plan_tensor(
     if kind == "plain":
         reason = "one-dimensional" if len(shape) == 1 else "no linear of this family"
         return _kept(name, shape, kind, reason)
+    if len(shape) != 2:
+        raise CorruptFile(f"{source.path}: {name} has the shape {list(shape)}, no matrix; download the model again")
     body = kind == "body"
     format_name, bits = (options.format_name, options.whole_bits) if body else HEADS[options.head]
     bits = chosen.get(".".join(shared_input.split(".")[:2]), bits)

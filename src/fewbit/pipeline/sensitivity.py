@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoint.damage import read_json
 from fewbit.checkpoint.source import Source, SourceRows
-from fewbit.checkpoint.store import read_json, write_json
+from fewbit.checkpoint.store import write_json
 from fewbit.errors import CorruptFile
 from fewbit.models import get_family
 from fewbit.pipeline.batches import BatchFiles

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from fewbit.checkpoint.damage import read_json
 from fewbit.checkpoint.source import Source
-from fewbit.checkpoint.store import read_json, read_tensors, write_json, write_tensors
+from fewbit.checkpoint.store import read_tensors, write_json, write_tensors
 from fewbit.errors import CorruptFile
 from fewbit.formats import get_format
 from fewbit.models import get_family

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoint.artifact import is_artifact
-from fewbit.checkpoint.store import SHARD_LIMIT, disk_errors, read_json, write_json
+from fewbit.checkpoint.damage import read_json
+from fewbit.checkpoint.store import SHARD_LIMIT, disk_errors, write_json
 from fewbit.errors import FewbitError, UsageError
 from fewbit.pipeline.jobs import PLAN_FILE
 from fewbit.pipeline.plan import Plan

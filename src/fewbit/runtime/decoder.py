@@ -7,18 +7,22 @@ position is all it takes to drop tokens.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from fewbit.checkpoint.store import read_json
-from fewbit.errors import CannotLower, CorruptFile, UsageError
+from fewbit.checkpoint.damage import damage_named, is_size, read_object, shortened
+from fewbit.errors import CannotLower, CorruptFile, EngineError, UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
 
 KV_TYPES = ("bf16", "int8", "float32")
 USUAL_CONTEXT = 4096
+REMEDY = "its configuration and its tensors do not make a model; copy it again"
 
 
 class Decoder(Protocol):
@@ -55,16 +59,29 @@ class NativeDecoder:
         self.block = block
         self.eos = eos
         self._logits = np.empty((1, vocabulary), np.float32)
+        self._running = threading.Lock()
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """See `Decoder.forward`; `ValueError` for tokens, positions or slots that there are not."""
-        program = self._open_program()
-        wanted = batch.wanted.size
-        if wanted > self._logits.shape[0]:
-            self._logits = np.empty((wanted, self.vocabulary), np.float32)
-        logits = self._logits[:wanted]
-        program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
-        return logits
+        """See `Decoder.forward`; `ValueError` for tokens, positions or slots that there are not, `EngineError` while
+        another thread is in here."""
+        with self._alone() as program:
+            wanted = batch.wanted.size
+            if wanted > self._logits.shape[0]:
+                self._logits = np.empty((wanted, self.vocabulary), np.float32)
+            logits = self._logits[:wanted]
+            program.run(batch.tokens, batch.positions, batch.slots, batch.wanted, logits)
+            return logits
+
+    @contextmanager
+    def _alone(self) -> Iterator[Any]:
+        """The program, for one thread: its buffers are there once. Others are refused, not kept waiting, because the
+        logits that they would wait for overwrite those that the first one still reads."""
+        if not self._running.acquire(blocking=False):
+            raise EngineError("a decoder serves one thread at a time; any number of threads may ask an Engine")
+        try:
+            yield self._open_program()
+        finally:
+            self._running.release()
 
     def _open_program(self) -> Any:
         if self._program is None:
@@ -73,7 +90,8 @@ class NativeDecoder:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder.copy`; `ValueError` for slots and lengths that there are not."""
-        self._open_program().copy(source, target, length)
+        with self._alone() as program:
+            program.copy(source, target, length)
 
     def close(self) -> None:
         """See `Decoder.close`."""
@@ -107,14 +125,18 @@ def open_decoder(
         if native is None:
             raise CannotLower("the native extension is missing")
         weights = open_weights(native, path)
-        most = weights.config.max_position_embeddings
+        with damage_named(Path(path), REMEDY):
+            most = int(weights.config.max_position_embeddings)
         sizes = Sizes(slots, min(most, USUAL_CONTEXT) if context is None else context, block, threads or 0, kv)
         check_sizes(sizes, most)
-        lowering = Lowering(native, weights, sizes)
+        with damage_named(Path(path), REMEDY):
+            lowering = Lowering(native, weights, sizes)
         # Before the weights, because reading it takes memory that it gives back.
         tokenizer = weights.tokenizer()
+        with damage_named(Path(path), REMEDY):
+            program = lowering.build()
         decoder = NativeDecoder(
-            lowering.build(),
+            program,
             vocabulary=lowering.shape.vocabulary,
             context=sizes.context,
             slots=slots,
@@ -145,10 +167,10 @@ def ending_tokens(path: str | Path, config: Any) -> tuple[int, ...]:
     found = getattr(config, "eos_token_id", None)
     file = Path(path) / "generation_config.json"
     if file.is_file():
-        settings = read_json(file)
-        if not isinstance(settings, dict):
-            raise CorruptFile(f"{file} holds no settings; copy it from the model, or remove it")
-        found = settings.get("eos_token_id", found)
+        found = read_object(file, "copy it from the model, or remove it").get("eos_token_id", found)
     if found is None:
         return ()
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
+    ends = tuple(found) if isinstance(found, list | tuple) else (found,)
+    if not all(is_size(end, 0) for end in ends):
+        raise CorruptFile(f"{path}: eos_token_id is {shortened(found)}, no token; copy the configuration again")
+    return ends

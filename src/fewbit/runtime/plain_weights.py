@@ -24,6 +24,9 @@ class PlainWeights(Weights):
     def has(self, name: str) -> bool:
         return name in self._names
 
+    def shape(self, module: str) -> tuple[int, ...]:
+        return self.source.shape(f"{module}.weight")
+
     def vector(self, name: str) -> np.ndarray:
         # As `load_plain` rounds all parameters.
         found: np.ndarray = self.source.tensor(name).to(torch.bfloat16).float().numpy()

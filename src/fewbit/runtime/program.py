@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fewbit.dtypes import to_bfloat16
-from fewbit.errors import CannotLower, UsageError
+from fewbit.errors import CannotLower, CorruptFile, UsageError
 from fewbit.models import OUTPUT_ROTATION, Family, get_family
 from fewbit.runtime.architecture import Architecture, describe
 from fewbit.runtime.rotary import rotary_tables
@@ -59,6 +59,7 @@ class Lowering:
         self.family: Family = get_family(weights.config.model_type)
         self.sizes = sizes
         shape = self.shape
+        self._check_shapes()
         self.program: Any = native.Program(
             block=sizes.block,
             slots=sizes.slots,
@@ -75,6 +76,21 @@ class Lowering:
         self._rotary = {
             kind: rotary_tables(weights.config, kind, shape.head_dim, sizes.context) for kind, _ in set(shape.kinds)
         }
+
+    def _check_shapes(self) -> None:
+        """Raises `CorruptFile` where the sizes that buffers and cache are made for are not those of the weights."""
+        shape, embed, attention = self.shape, self.family.embed, f"{self.family.layers}.0.self_attn"
+        for module, wanted in (
+            # A table may have more rows than there are tokens.
+            (embed, (max(shape.vocabulary, self.weights.shape(embed)[0]), shape.hidden)),
+            (f"{attention}.k_proj", (shape.kv_heads * shape.head_dim, shape.hidden)),
+            (f"{attention}.o_proj", (shape.hidden, shape.heads * shape.head_dim)),
+        ):
+            found = self.weights.shape(module)
+            if found != wanted:
+                raise CorruptFile(
+                    f"{module} is {list(found)}, the configuration says {list(wanted)}; copy config.json from the model"
+                )
 
     def build(self) -> Any:
         """The finished program."""

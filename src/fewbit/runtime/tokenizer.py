@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from fewbit.checkpoint.store import read_json
-from fewbit.checkpoint.tensors import first_line
-from fewbit.errors import CorruptFile, FewbitError
+from fewbit.checkpoint.damage import damage_named, read_object
 
 if TYPE_CHECKING:
     from fewbit.runtime.chat_template import ChatTemplate
+
+TOKENIZER_REMEDY = "copy tokenizer.json and its configuration from the model"
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AS_STORED = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -80,20 +80,13 @@ def open_tokenizer(path: Path, model_type: str) -> Any:
     """
     if not any(path.glob("tokenizer*")):
         return None
-    try:
+    with damage_named(path, TOKENIZER_REMEDY):
         found = _open(path, model_type)
         if found is not None:
             return found
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except FewbitError:
-        raise
-    except Exception as error:  # the libraries raise just that for a file that they cannot read
-        raise CorruptFile(
-            f"{path}: the tokenizer's files are damaged ({first_line(error)}); "
-            "copy tokenizer.json and its configuration from the model"
-        ) from error
 
 
 def _open(path: Path, model_type: str) -> Tokenizer | None:
@@ -101,7 +94,7 @@ def _open(path: Path, model_type: str) -> Tokenizer | None:
     file, settings_file = path / "tokenizer.json", path / "tokenizer_config.json"
     if not (file.is_file() and settings_file.is_file()):
         return None
-    settings = read_json(settings_file)
+    settings = read_object(settings_file)
     name = settings.get("tokenizer_class")
     # To transformers every tokenizer of Qwen2 is of its own class, whatever the settings say.
     qwen = model_type in _QWEN_MODELS and (name in _QWEN_CLASSES or (name in _AS_STORED and model_type == "qwen2"))
@@ -127,7 +120,7 @@ def _named_tokens(path: Path, settings: dict[str, Any]) -> dict[str, str] | None
             return None
         old = path / "special_tokens_map.json"
         if old.is_file():
-            more = read_json(old)
+            more = read_object(old)
             if set(more) - set(_NAMED):
                 return None
             entries |= more

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fewbit.checkpoint.artifact import Artifact, QuantizedModule, is_artifact
+from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.tensors import SafetensorsFile
 from fewbit.dtypes import to_bfloat16, to_float32
 from fewbit.errors import CannotLower, CorruptFile
@@ -84,6 +85,10 @@ class Weights(ABC):
         """Whether there is a plain tensor of that full name."""
 
     @abstractmethod
+    def shape(self, module: str) -> tuple[int, ...]:
+        """The shape `[rows, cols]` of a linear or a table, without reading it."""
+
+    @abstractmethod
     def vector(self, name: str) -> np.ndarray:
         """A plain tensor, float32."""
 
@@ -138,6 +143,7 @@ class PackedWeights(Weights):
     def __init__(self, native: ModuleType, artifact: Artifact) -> None:
         super().__init__(native)
         self.artifact = artifact
+        artifact.check_config()
         self.config = _configuration(artifact)
         self._files = {name: SafetensorsFile(artifact.path / name) for name in sorted(set(artifact.files.values()))}
 
@@ -155,6 +161,14 @@ class PackedWeights(Weights):
         if name not in file.tensors:
             raise CorruptFile(f"{file.path} lacks the tensor {name}, which the index promises; copy it again")
         return file
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        description = self.artifact.modules.get(module)
+        if description is None:
+            name = f"{module}.weight"
+            return self._file(name).tensors[name][1]
+        self._check(description)
+        return description.spec.rows, description.spec.cols
 
     def vector(self, name: str) -> np.ndarray:
         file = self._file(name)
@@ -277,7 +291,8 @@ def _configuration(artifact: Artifact) -> Any:
             return SimpleNamespace(**fields)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(artifact.path, trust_remote_code=False)
+    with damage_named(artifact.path, "copy the checkpoint again"):
+        return AutoConfig.from_pretrained(artifact.path, trust_remote_code=False)
 
 
 def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
