@@ -21,6 +21,8 @@ mkdir -p dist
 for copy in one another/place; do
     mkdir -p "$build/$copy"
     git ls-files -z | tar --null -T - -c | tar -x -C "$build/$copy"
+done
+for copy in one another/place; do
     echo "Building the wheel in $build/$copy"
     CXXFLAGS="-ffile-prefix-map=$build/$copy=." .venv/bin/python -m pip -q --disable-pip-version-check wheel \
         --no-deps --no-build-isolation --no-cache-dir -w "$build/$copy/dist" "$build/$copy"
