@@ -49,11 +49,12 @@ pip() {
 
 echo "Installing fewbit into .venv with $("$python" --version) (some 2 GB; 6 GB where the package index has torch with CUDA)"
 if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    # Nothing but the files whose hashes are listed. Some come as sources only; their build tools stay out of .venv.
+    # Nothing but the files whose hashes are listed. Some come as sources only; their build tools stay out of .venv, and
+    # older versions of pip have to be told so.
     # Where the index has the build of torch for processors that is locked, it is taken: in the other one's place, pip
     # would prefer the larger one, whose hash the index tells before it is fetched.
     pip --no-deps --require-hashes -r requirements-cpu.lock 2>/dev/null || true
-    pip --no-deps --require-hashes -r requirements.lock
+    pip --no-deps --require-hashes --use-pep517 -r requirements.lock
     needs_cuda='import importlib.metadata as m; print(any(n.startswith("nvidia") for n in m.requires("torch") or ()))'
     [ "$(.venv/bin/python -c "$needs_cuda")" = False ] || pip --no-deps --require-hashes -r requirements-cuda.lock
     pip --no-deps --no-build-isolation -e .
