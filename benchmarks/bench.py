@@ -76,6 +76,7 @@ STEPS = (
     Step("robustness_interrupted.py"),
     Step("robustness_server.py"),
     Step("end_to_end.py"),
+    Step("sweep.py"),
     Step("blocks.py", quantizes=True),
     Step("quality.py", ("--model", SMALL, "--peers"), quantizes=True),
     Step("twinquant.py", ("--model", SMALL), quantizes=True),

@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """As for a script that is run: modules of its directory are found."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def load(name: str):
