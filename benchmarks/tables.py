@@ -277,7 +277,8 @@ def sweep() -> str:
     machine = report["environment"]
     return markdown(header, lines) + (
         f"\nTokens per second, {first['type']}, of all sequences together, medians of {report['rounds']} rounds; "
-        f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}. Made by `benchmarks/sweep.py`.\n"
+        f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}. Made by "
+        f"`benchmarks/sweep.py`.\n"
     )
 
 
