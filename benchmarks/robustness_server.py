@@ -36,7 +36,6 @@ from fewbit.environment import cpu_name
 OUTPUT = Path(__file__).resolve().parent / "results" / "robustness-server.json"
 SAMPLE_SECONDS = 1.0
 WARM_UP = 0.2  # the share of the storm after which memory has to stay as it is
-OPEN_AT_THE_END = 8
 
 
 @dataclass
@@ -133,13 +132,13 @@ async def settled(server: Server, seconds: float = 60.0) -> dict[str, float]:
         await asyncio.sleep(0.2)
 
 
-async def shut_down(server: Server, storm: Storm, context: int) -> dict[str, Any]:
-    """End the server while answers are on their way; they have to come whole."""
+async def shut_down(server: Server, storm: Storm, slots: int, context: int) -> dict[str, Any]:
+    """End the server while an answer is on its way in every slot; they have to come whole."""
     tokens = context - max(len(request["prompt"]) for request in storm.requests) - 1
-    long = [storm.message(number, stream=True, max_tokens=tokens) for number in range(OPEN_AT_THE_END)]
+    long = [storm.message(number, stream=True, max_tokens=tokens) for number in range(slots)]
     tasks = [asyncio.create_task(talk(server.port, message)) for message in long]
     # The log has no line for a request before its answer begins, and then all of it is on its way.
-    while float((await settled(server, 0.0)).get("running", 0)) < OPEN_AT_THE_END and not all(t.done() for t in tasks):
+    while float((await settled(server, 0.0)).get("running", 0)) < slots and not all(t.done() for t in tasks):
         await asyncio.sleep(0.01)
     running = sum(not task.done() for task in tasks)
     start = time.monotonic()
@@ -191,7 +190,7 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
         "memory": {"start_bytes": start_bytes, **drift(samples)},
         "left": {**gauges, "descriptors": server.descriptors() - start_descriptors},
     }
-    report["shutdown"] = await shut_down(server, storm, arguments.context)
+    report["shutdown"] = await shut_down(server, storm, arguments.slots, arguments.context)
     log = server.log.read_text(errors="replace")
     others = [line for line in log.splitlines() if " INFO uvicorn.access: " not in line]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -188,6 +189,8 @@ def test_unfinished_bodies_share_a_limit(serve, until):
 
 def test_the_parsers_are_the_ones_with_limits_whatever_is_installed(serve):
     config = serve().server.config
-    assert isinstance(config.http_protocol_class(config, ServerState(), {}), connections.Connection)
+    loop = asyncio.new_event_loop()
+    assert isinstance(config.http_protocol_class(config, ServerState(), {}, _loop=loop), connections.Connection)
+    loop.close()
     assert config.ws_protocol_class is None
     assert not config.proxy_headers
