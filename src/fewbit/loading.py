@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fewbit.checkpoint.artifact import Artifact, is_artifact
-from fewbit.checkpoint.damage import damage_named
+from fewbit.checkpoint.damage import damage_named, tried
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.errors import CorruptFile
@@ -39,7 +39,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, An
     if lost := {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}:
         raise CorruptFile(f"{path} lacks the tensor {min(lost)}, or it has another shape; copy the checkpoint again")
     with damage_named(artifact.path, "copy the tokenizer's files from the original model"):
-        tokenizer = AutoTokenizer.from_pretrained(str(artifact.path), trust_remote_code=False)
+        tokenizer = tried(AutoTokenizer.from_pretrained(str(artifact.path), trust_remote_code=False))
     return model.eval(), tokenizer
 
 
