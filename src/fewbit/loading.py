@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fewbit.checkpoint.artifact import Artifact, is_artifact
-from fewbit.checkpoint.damage import damage_named
+from fewbit.checkpoint.damage import damage_named, tried
 from fewbit.checkpoint.plain import load_plain
-from fewbit.checkpoint.source import load_tokenizer, open_source
+from fewbit.checkpoint.source import open_source
 from fewbit.errors import CorruptFile
 
 
@@ -38,7 +38,9 @@ def load(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, An
     # transformers would fill it with random numbers.
     if lost := {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}:
         raise CorruptFile(f"{path} lacks the tensor {min(lost)}, or it has another shape; copy the checkpoint again")
-    return model.eval(), load_tokenizer(artifact.path)
+    with damage_named(artifact.path, "copy the tokenizer's files from the original model"):
+        tokenizer = tried(AutoTokenizer.from_pretrained(str(artifact.path), trust_remote_code=False))
+    return model.eval(), tokenizer
 
 
 def load_any(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fewbit.checkpoint.artifact import Artifact
 from fewbit.errors import CorruptFile, FewbitError, UsageError
+from fewbit.formats import get_format
 from fewbit.loading import load
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
@@ -57,6 +58,18 @@ def test_a_missing_tensor_is_found_by_verify_and_refused_by_load(copy):
     edit_tensors(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.scales"))
     assert any("scales" in problem for _, problem in Artifact.open(copy).verify())
     with pytest.raises(CorruptFile, match=r"model.layers.1.mlp.up_proj.scales"):
+        load(copy)
+
+
+def test_tables_that_no_kernel_multiplies_with_are_refused(copy):
+    edit_tensors(copy, lambda tensors: tensors["model.layers.1.mlp.up_proj.tables"].fill_(100))
+    damaged = Artifact.open(copy)
+    with pytest.raises(CorruptFile, match="sums of the tables"):
+        get_format("trellis").dequantize(
+            damaged.parts(damaged.modules["model.layers.1.mlp.up_proj"]),
+            damaged.modules["model.layers.1.mlp.up_proj"].spec,
+        )
+    with pytest.raises(CorruptFile, match="sums of the tables"):
         load(copy)
 
 

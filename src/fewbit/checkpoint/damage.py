@@ -96,6 +96,12 @@ def _is_shard(name: str) -> bool:
     return plain and name.endswith(".safetensors") and len(name) < 256
 
 
+def tried(tokenizer: Any) -> Any:
+    """A tokenizer, after it encoded and decoded a text: libraries notice some damage no earlier."""
+    tokenizer.decode(tokenizer("a")["input_ids"])
+    return tokenizer
+
+
 def is_size(value: Any, least: int = 1) -> bool:
     """Whether a value is a whole number that memory and native code can count."""
     return type(value) is int and least <= value <= MOST

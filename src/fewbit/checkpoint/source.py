@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbit.checkpoint.damage import check_config, damage_named, indexed_files, read_object
+from fewbit.checkpoint.damage import check_config, damage_named, indexed_files, read_object, tried
 from fewbit.checkpoint.tensors import SafetensorsFile, first_line
 from fewbit.dtypes import FLOATS
 from fewbit.errors import CorruptFile, FewbitError, UsageError
@@ -224,7 +224,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     with damage_named(directory, "copy the tokenizer's files from the original model"):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return tried(AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
 
 
 def copy_companions(directory: Path, out_dir: Path) -> None:

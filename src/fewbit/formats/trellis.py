@@ -35,6 +35,7 @@ HEADROOM = 2.0**12  # the largest stored scale, so that error feedback may make 
 FP16_MAX = 65504.0
 TINY = 1e-30  # scales and energies below this count as zero
 TORCH_ROWS = 1024  # rows that the torch encoder takes at once; bounds its memory
+MOST = 127
 FIELDS = ((0, 4), (4, 2), (6, 2), (8, 4))  # first bit and number of bits of A, B, C, D
 
 
@@ -44,6 +45,13 @@ def load_tables(bits: int) -> tuple[torch.Tensor, float]:
     text = resources.files("fewbit.formats").joinpath("trellis_tables.json").read_text(encoding="utf-8")
     entry = json.loads(text)["bits"][str(bits)]
     return torch.tensor([*entry["A"], *entry["B"], *entry["C"], *entry["D"]], dtype=torch.int8), entry["unit"]
+
+
+def check_tables(tables: torch.Tensor) -> None:
+    """Raises `CorruptFile` for stored tables with a sum beyond the 8 bits that kernels multiply with."""
+    parts = tables.int().split([1 << width for _, width in FIELDS])
+    if sum(int(part.max()) for part in parts) > MOST or sum(int(part.min()) for part in parts) < -MOST:
+        raise CorruptFile(f"trellis: sums of the tables exceed {MOST}; the file is damaged, fetch or quantize it again")
 
 
 def window_values(tables: torch.Tensor) -> torch.Tensor:
@@ -325,6 +333,7 @@ class TrellisFormat(GroupFormat):
                     f"trellis: {part} must be {dtype} {list(shape)}, not {name_of(found.dtype)} {list(found.shape)}; "
                     "the file does not match its plan, fetch or quantize it again"
                 )
+        check_tables(parts["tables"])
         codes, tables = parts["codes"].contiguous(), parts["tables"].contiguous()
         scales = (parts["scales"].float() * parts["scale"]).contiguous()
         native = load_native() if codes.device.type == "cpu" else None

@@ -23,6 +23,7 @@ from fewbit.checkpoint.store import FORMAT_VERSION, IMPORT_FIRST, RECORD, tensor
 from fewbit.dtypes import name_of
 from fewbit.errors import CorruptFile
 from fewbit.experts import separate_experts
+from fewbit.formats.trellis import check_tables
 from fewbit.models import find_family
 from fewbit.modules import FewbitEmbedding, FewbitLinear, PackedTensor, TiedHead
 
@@ -104,6 +105,8 @@ class FewbitQuantizer(HfQuantizer):
                             f"{name}.{part} arrived as {name_of(tensor.dtype)} {tuple(tensor.shape)} instead of "
                             f"{dtype} {tuple(shape)}; run: fewbit verify on the checkpoint"
                         )
+                if module.description.spec.format == "trellis" and not module.tables.is_meta:
+                    check_tables(module.tables)
                 if not module.qweight.is_meta:  # as it is while accelerate keeps it elsewhere
                     module.place()
         return model

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from fewbit.checkpoint.damage import damage_named, read_object
+from fewbit.checkpoint.damage import damage_named, read_object, tried
 
 if TYPE_CHECKING:
     from fewbit.runtime.chat_template import ChatTemplate
@@ -81,12 +81,12 @@ def open_tokenizer(path: Path, model_type: str) -> Any:
     if not any(path.glob("tokenizer*")):
         return None
     with damage_named(path, TOKENIZER_REMEDY):
-        found = _open(path, model_type)
-        if found is not None:
-            return found
-        from transformers import AutoTokenizer
+        found: Any = _open(path, model_type)
+        if found is None:
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return tried(found)
 
 
 def _open(path: Path, model_type: str) -> Tokenizer | None:
