@@ -84,7 +84,6 @@ def test_fields_that_no_honest_file_has_are_a_typed_error(sandbox, kind, target,
         ("trellis", "inspect", "fewbit.json"),
         ("trellis", "engine", "tokenizer.json"),
         ("plan", "plan", PLAN),
-        ("tokenizer", "tokenizer", "tokenizer_config.json"),
         ("sharded", "source", "model.safetensors.index.json"),
     ],
 )
