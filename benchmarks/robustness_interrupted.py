@@ -31,11 +31,11 @@ from fewbit.assets import fetch_text
 from fewbit.environment import environment
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "robustness-interrupted.json"
-CALIBRATION = ["--calib-tokens", "2048", "--calib-window", "128", "--calib-dtype", "float32", "--tune"]
+CALIBRATION = ["--calib-tokens", "8192", "--calib-window", "128", "--calib-dtype", "float32", "--tune"]
 KINDS = {
-    "itq3_s": [*CALIBRATION, "--tune-steps", "30"],
-    "itq3_s, 3.2 bits by sensitivity": [*CALIBRATION, "--tune-steps", "30", "--bits", "3.2"],
-    "twinquant": [*CALIBRATION, "--tune-steps", "30", "--format", "twinquant"],
+    "itq3_s": [*CALIBRATION, "--tune-steps", "80"],
+    "itq3_s, 3.2 bits by sensitivity": [*CALIBRATION, "--tune-steps", "80", "--bits", "3.2"],
+    "twinquant": [*CALIBRATION, "--tune-steps", "80", "--format", "twinquant"],
 }
 PROGRAM = "from fewbit.cli import main; main()"
 # Every reading of a clock may be hours before or behind the one before.

@@ -18,6 +18,12 @@ from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """What other tests compiled of the same code counts against PyTorch's limit of variants."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tiny_models, tmp_path_factory):
     """Directories "tied" (LLaMA) and "biased" (Qwen2), and the same by TwinQuant, "tied-twin" and "biased-twin"."""
