@@ -175,6 +175,14 @@ def test_wrong_dtypes_strides_and_dimensions_raise_type_errors(change):
 
 
 @needs_native
+@pytest.mark.parametrize("cols", [0, -1, 1 << 40, (1 << 63) - 1])
+def test_matrices_of_absurd_widths_are_refused(cols):
+    codes, scales = torch.zeros(1, 384, dtype=torch.uint8), torch.zeros(16, 1, dtype=torch.uint16)
+    with pytest.raises(ValueError, match="from 1 to 2147483648 columns"):
+        native.Matrix(codes, scales, 1.0, trellis.load_tables(3)[0], None, cols, 3, "trellis")
+
+
+@needs_native
 def test_a_factor_without_its_outputs_is_refused():
     weight, ones = torch.zeros(16, 64), torch.ones(16)
     codes, values = torch.zeros(1, 384, dtype=torch.uint8), torch.zeros(16, 64)

@@ -118,6 +118,18 @@ def test_a_plan_cannot_name_a_file_outside_of_its_directory(sandbox, name):
     assert (outcome.result, outcome.error) == ("typed", "CorruptFile"), outcome
 
 
+@pytest.mark.parametrize("facts", ["", "[1]", '{"relative_error": "x"}'])
+def test_a_shard_whose_facts_are_none_is_made_again(sandbox, facts):
+    files = dict(sandbox.seeds["plan"])
+    (name,) = (name for name in files if name.startswith("work/shards/"))
+    size = int.from_bytes(files[name][:8], "little")
+    header = json.loads(files[name][8 : 8 + size])
+    header["__metadata__"]["facts"] = facts
+    text = json.dumps(header).encode()
+    files[name] = len(text).to_bytes(8, "little") + text + files[name][8 + size :]
+    assert sandbox.run("plan", "plan", 0, files).result == "ok"
+
+
 def test_lists_longer_than_any_vocabulary_are_refused_before_they_are_read(sandbox):
     data = sandbox.seeds["gguf"]["model.gguf"]
     fields = int.from_bytes(data[16:24], "little") + 1

@@ -34,6 +34,8 @@ inline Code code_of(const std::string& name) {
     return Code::trellis;
 }
 
+constexpr int64_t kMostCols = int64_t{1} << 31;
+
 class Matrix {
 public:
     Matrix(Array<const uint8_t, 2> codes, Array<const uint16_t, 2> scales, float scale,
@@ -41,7 +43,8 @@ public:
            int bits, const std::string& code)
         : codes_(std::move(codes)), scales_(std::move(scales)), tables_(std::move(tables)), bias_(std::move(bias)) {
         require_bits(bits);
-        require(cols > 0, "a matrix has at least one column");
+        // Beyond, sizes of codes would overflow.
+        require(cols > 0 && cols <= kMostCols, "a matrix has from 1 to " + std::to_string(kMostCols) + " columns");
         const int64_t groups = static_cast<int64_t>(scales_.shape(1));
         job_.rows = static_cast<int64_t>(scales_.shape(0));
         job_.code = code_of(code);

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.store import read_tensors, write_tensors
 
 PATIENCE = 2  # looks without a gain after which learning ends
@@ -74,13 +75,14 @@ class Descent:
         if not self.path.exists():
             return
         tensors, metadata = read_tensors(self.path)
-        self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
-        for name, gain in self.gains.items():
-            gain.data.copy_(tensors[f"gain.{name}"])
-            self.best[name] = tensors[f"best.{name}"]
-            if f"exp_avg.{name}" in tensors:
-                moments = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[gain] = {moment: tensors[f"{moment}.{name}"] for moment in moments}
+        with damage_named(self.path, "delete it and run again"):
+            self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
+            for name, gain in self.gains.items():
+                gain.data.copy_(tensors[f"gain.{name}"])
+                self.best[name] = tensors[f"best.{name}"]
+                if f"exp_avg.{name}" in tensors:
+                    moments = ("step", "exp_avg", "exp_avg_sq")
+                    self.optimizer.state[gain] = {moment: tensors[f"{moment}.{name}"] for moment in moments}
 
     def take_best(self) -> None:
         for name, gain in self.gains.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoint.damage import parse_json
 from fewbit.checkpoint.equivalent import equivalent
 from fewbit.checkpoint.source import Source, SourceRows, open_source
 from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
@@ -131,9 +132,12 @@ def read_shard(work: Path, plan: Plan, tensor: PlannedTensor) -> Shard | None:
         return None
     try:
         parts, metadata = read_tensors(path)
+        facts = parse_json(metadata.get("facts", ""), path)
     except CorruptFile:
+        return None
+    if not isinstance(facts, dict) or not all(type(fact) in (int, float) for fact in facts.values()):
         return None
     if metadata.get("plan") != plan.identity or metadata.get("sha256") != tensors_hash(parts):
         return None
     short = {name.removeprefix(f"{tensor.module}."): part for name, part in parts.items()}
-    return Shard(short, json.loads(metadata["facts"]))
+    return Shard(short, facts)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.store import read_tensors, write_tensors
 from fewbit.pipeline.calibrate import LayerStream
 
@@ -111,7 +112,8 @@ class LayerTuner:
         if not self.path.exists():
             return []
         tensors, metadata = read_tensors(self.path)
-        for name, gain in self.gains.items():
-            gain.data.copy_(tensors[name])
-        done: list[dict[str, Any]] = json.loads(metadata["done"])
+        with damage_named(self.path, "delete it and run again"):
+            for name, gain in self.gains.items():
+                gain.data.copy_(tensors[name])
+            done: list[dict[str, Any]] = json.loads(metadata["done"])
         return done
