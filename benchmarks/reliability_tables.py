@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,15 +35,17 @@ def robustness_interrupted() -> str:
     if not made.exists():
         return "Not measured yet: `benchmarks/robustness_interrupted.py`.\n"
     report = json.loads(made.read_text())
-    lines, moments = [], []
+    lines: list[list[str]] = []
+    moments: Counter[str] = Counter()
     for kind, found in report["kills"].items():
         lost = found["different"] + found["failed"]
         lines.append([f"SIGKILL, {kind}", str(found["killed"]), str(found["killed"] - lost), str(lost)])
-        moments += [f"{count} while {stage}" for stage, count in found["killed_while"].items()]
+        moments.update(found["killed_while"])
     for fault, found in report["faults"].items():
         lines.append([fault, str(found["tried"]), str(found["tried"] - found["lost"]), str(found["lost"])])
+    told = ", ".join(f"{count} while {stage}" for stage, count in moments.most_common())
     note = (
-        f"\nKills: {', '.join(moments)}; at most two in one run. {report['environment']['cpu']}. Made by "
+        f"\nKills: {told}; at most two in one run. {report['environment']['cpu']}. Made by "
         f"`benchmarks/robustness_interrupted.py`.\n"
     )
     return markdown(HEADER, lines) + note
