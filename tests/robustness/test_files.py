@@ -60,6 +60,7 @@ FOUND = [
     ("trellis", "verify", "config.json", {"quantization_config": {"quant_method": "fewbit", "format_version": 1,
                                                                   "modules": [1]}}),
     ("plain", "decoder", "tokenizer_config.json", {"tokenizer_class": 0.5}),
+    ("trellis", "exported", "config.json", {"model_type": "\ud800"}),
     ("tokenizer", "tokenizer", "tokenizer_config.json", {"model_max_length": "x", "tokenizer_class": "x"}),
     ("plain", "engine", "tokenizer_config.json", {"model_max_length": "x", "tokenizer_class": "x"}),
     ("sharded", "source", "model.safetensors.index.json", {"weight_map": {"model.norm.weight": "x" * 5000}}),

@@ -46,9 +46,13 @@ def damage_named(path: Path, remedy: str = "copy it again") -> Iterator[None]:
 
 
 def parse_json(text: str | bytes, path: Path, remedy: str = "make the checkpoint again") -> Any:
-    """What a JSON text says; raises `CorruptFile` where it is none, or one nested too deep or with absurd numbers."""
+    """What a JSON text says; raises `CorruptFile` where it is none, or one nested too deep, with absurd numbers or with
+    halves of characters, which no file can be written with."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} is not JSON ({first_line(error)}); {remedy}") from error
 
