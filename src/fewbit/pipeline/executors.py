@@ -51,6 +51,7 @@ class ProcessExecutor:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
+        self._processes: dict[int, Any] = {}  # the pool forgets its own as soon as it notices that one died
 
     def _submit(self, job: RoundJob) -> Future[dict[str, Any]]:
         if self._pool is None:
@@ -58,7 +59,9 @@ class ProcessExecutor:
             # Forking a process with threads in native code is not safe.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, context, _use_threads, (threads,))
-        return self._pool.submit(round_tensor, job)
+        future = self._pool.submit(round_tensor, job)
+        self._processes |= self._pool._processes or {}
+        return future
 
     def run(self, jobs: Sequence[RoundJob]) -> Iterator[dict[str, Any]]:
         failures = 0
@@ -81,7 +84,7 @@ class ProcessExecutor:
         if self._pool is None:
             return
         pool, self._pool = self._pool, None
-        workers = list((pool._processes or {}).values())
+        workers, self._processes = list(self._processes.values()), {}
         pool.shutdown(wait=False, cancel_futures=True)
         # An idle worker that was killed may have held the lock of the queue, and then the others wait for it for ever.
         # Whatever a worker still does at this point is not wanted any more, or can be done again.
