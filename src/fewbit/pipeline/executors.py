@@ -7,8 +7,10 @@ done again.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -85,12 +87,19 @@ class ProcessExecutor:
             return
         pool, self._pool = self._pool, None
         workers, self._processes = list(self._processes.values()), {}
+        manager: Any = pool._executor_manager_thread
         pool.shutdown(wait=False, cancel_futures=True)
         # An idle worker that was killed may have held the lock of the queue, and then the others wait for it for ever.
         # Whatever a worker still does at this point is not wanted any more, or can be done again.
+        running, end = {worker.sentinel for worker in workers}, time.monotonic() + SECONDS_TO_END
+        while running and time.monotonic() < end:
+            running -= set(multiprocessing.connection.wait(running, end - time.monotonic()))
         for worker in workers:
-            worker.join(SECONDS_TO_END)
             worker.kill()
+        # The pool's own thread waits for them too, and of two that wait at once one may miss a process' end.
+        if manager is not None:
+            manager.join(SECONDS_TO_END)
+        for worker in workers:
             worker.join()
 
 
