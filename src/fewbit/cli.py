@@ -399,7 +399,7 @@ def main() -> None:
     # PyTorch's threads otherwise wait for each other by spinning, which costs much time on a busy machine. It
     # has to be said before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # And it takes large tensors from the system in small pages, each time anew, which is a seventh of a run's time.
+    # And it takes large tensors from the system in many small pages, each time anew.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
