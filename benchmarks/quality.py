@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fewbit.pipeline.run import quantize
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION = ("c4.calib", "wiki.calib")
+TEXTS = ("wiki.eval", "austen.persuasion")
 
 # Head and embeddings keep 16 bits in every row but one, so that rows differ in the decoder layers alone.
 ROWS = {
@@ -78,8 +79,26 @@ def decoded(model: Any) -> Any:
     return model
 
 
+def scores(
+    reference: Path, models: dict[str, Any], tokenizer: Any, texts: Sequence[str], settings: dict[str, int]
+) -> dict[str, Any]:
+    """What models["row"] scores on the first text and, by name, on the others; models["kernels"] on the first alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in texts:
+        text = fetch_text(name).read_text(encoding="utf-8")
+        full = kept_logits(reference, text, **settings)
+        chosen = {key: model for key, model in models.items() if key == "row" or not found}
+        results = evaluate_many({"full": full, **chosen}, tokenizer, text, full, **settings)
+        row, base = results["row"], results["full"].perplexity
+        found[name] = {"reference_perplexity": base, "ratio": row.perplexity / base, **row.to_json()}
+        if "kernels" in results:
+            kernels = results["kernels"]
+            found[name]["kernels"] = {"ratio": kernels.perplexity / base, "kl_mean": kernels.kl_mean}
+    return {**found.pop(texts[0]), "texts": found}
+
+
 def measure(
-    reference: Path, options: QuantizeOptions, text: str, settings: dict[str, int], work: Path
+    reference: Path, options: QuantizeOptions, texts: Sequence[str], settings: dict[str, int], work: Path
 ) -> dict[str, Any]:
     """Quantize and evaluate one row in float32: decoded, as the peers are, and as the kernels run it."""
     output = work / "checkpoint"
@@ -89,13 +108,11 @@ def measure(
         (output / "result.json").write_text(json.dumps(result.to_json()))
     result = json.loads((output / "result.json").read_text())
     started = time.monotonic()
-    full = kept_logits(reference, text, **settings)
     row_model, tokenizer = load(output, torch.float32)
-    models = {"full": full, "row": decoded(row_model), "kernels": load(output, torch.float32)[0]}
-    scores = evaluate_many(models, tokenizer, text, full, **settings)
+    models = {"row": decoded(row_model), "kernels": load(output, torch.float32)[0]}
+    found = scores(reference, models, tokenizer, texts, settings)
     tuning = json.loads((output / "fewbit.json").read_text()).get("tuning")
     shutil.rmtree(work)
-    row, base, kernels = scores["row"], scores["full"], scores["kernels"]
     return {
         "options": asdict(options),
         **{key: result[key] for key in ("bits_per_weight", "bytes", "peak_memory_bytes", "mean_relative_error")},
@@ -103,10 +120,7 @@ def measure(
         "resumed_tensors": result["resumed_tensors"],
         "tuning": tuning,
         "evaluate_seconds": round(time.monotonic() - started, 1),
-        "reference_perplexity": base.perplexity,
-        "ratio": row.perplexity / base.perplexity,
-        "kernels": {"ratio": kernels.perplexity / base.perplexity, "kl_mean": kernels.kl_mean},
-        **row.to_json(),
+        **found,
     }
 
 
@@ -145,26 +159,20 @@ def python_package(reference: Path, recipe: PythonRecipe, calib_tokens: int) -> 
     return apply
 
 
-def measure_peer(reference: Path, name: str, text: str, settings: dict[str, int], calib_tokens: int) -> dict[str, Any]:
+def measure_peer(
+    reference: Path, name: str, texts: Sequence[str], settings: dict[str, int], calib_tokens: int
+) -> dict[str, Any]:
     """Quantize with a peer and evaluate one row, in float32."""
     # Before the other model is there: two of them may not fit into memory.
     if name in PYTHON_PEERS:
         apply = python_package(reference, PYTHON_PEERS[name], calib_tokens)
     else:
         apply = llama_cpp(reference, PEERS[name], calib_tokens)
-    full = kept_logits(reference, text, **settings)
     model, tokenizer = load_any(reference, torch.float32)
     facts = apply(model)
     started = time.monotonic()
-    scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
-    row, base = scores["row"], scores["full"]
-    return {
-        **facts,
-        "evaluate_seconds": round(time.monotonic() - started, 1),
-        "reference_perplexity": base.perplexity,
-        "ratio": row.perplexity / base.perplexity,
-        **row.to_json(),
-    }
+    found = scores(reference, {"row": model}, tokenizer, texts, settings)
+    return {**facts, "evaluate_seconds": round(time.monotonic() - started, 1), **found}
 
 
 def main() -> None:
@@ -174,29 +182,33 @@ def main() -> None:
     parser.add_argument("--calib-tokens", type=int, default=65536)
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="the first one is the one that tables show")
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, *PEERS, *PYTHON_PEERS], default=list(ROWS), metavar="ROW")
     parser.add_argument("--peers", action="store_true", help="the rows of peers, too: all that fit the model")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     output = arguments.output or RESULTS / f"quality-{arguments.model}.json"
     report = json.loads(output.read_text()) if output.exists() else {"rows": {}}
-    report |= {"benchmark": "quality", "model": arguments.model, "text": "wiki.eval", "calibration": CALIBRATION}
+    first, *others = arguments.texts
+    report |= {"benchmark": "quality", "model": arguments.model, "text": first, "calibration": CALIBRATION}
     # Loading a model is not what this program reports on.
     logging.disable_progress_bar()
-    text = fetch_text("wiki.eval").read_text(encoding="utf-8")
     settings = {"window": arguments.window, "tokens": arguments.tokens}
     for seed in arguments.seeds:
         reference = reference_dir(arguments.model, seed)
         peers = [*PEERS, *python_peers.fitting(open_source(reference))] if arguments.peers else []
+        for text in arguments.texts:
+            # Before other models are there.
+            kept_logits(reference, fetch_text(text).read_text(encoding="utf-8"), **settings)
         for name in dict.fromkeys([*arguments.rows, *peers]):
             key = f"{name} | seed {seed}"
-            if key in report["rows"]:
+            if key in report["rows"] and set(others) <= report["rows"][key].get("texts", {}).keys():
                 continue
             if name not in ROWS:
-                row = measure_peer(reference, name, text, settings, arguments.calib_tokens)
+                row = measure_peer(reference, name, arguments.texts, settings, arguments.calib_tokens)
             else:
                 options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
-                row = measure(reference, options, text, settings, work_dir(key, output))
+                row = measure(reference, options, arguments.texts, settings, work_dir(key, output))
             report["rows"][key] = {**row, "commit": commit()}
             report["environment"] = environment()
             output.write_text(json.dumps(report, indent=1) + "\n")
