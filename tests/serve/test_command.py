@@ -114,3 +114,22 @@ def test_a_real_model_is_served_and_the_server_ends_cleanly(smollm2_dir):
         assert process.wait(60) == 0
     finally:
         process.kill()
+
+
+def test_more_connections_than_files_may_be_open_are_refused_at_once(called):
+    result = invoke("--connections", "99999999999")
+    assert isinstance(result.exception, UsageError)
+    assert "give fewer to --connections" in str(result.exception)
+    assert not called
+
+
+def test_the_limit_of_open_files_follows_the_connections(called):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(before[1], 4096) - command.OTHER_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+    try:
+        assert invoke("--connections", str(wanted)).exit_code == 0
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == wanted + command.OTHER_FILES
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

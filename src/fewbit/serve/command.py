@@ -20,29 +20,33 @@ if TYPE_CHECKING:
 LIMITS, ACCESS = "Limits", "Access"
 LOOPBACK = "127.0.0.1"
 LOOPBACK_NAMES = ("localhost", LOOPBACK, "::1")
+OTHER_FILES = 64  # that a server may have open beside its connections
+
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FEWBIT_API_KEY",
+        help="Serve only those who send this key. Others on the machine can read command lines: better set it in "
+        "the environment.",
+        rich_help_panel=ACCESS,
+    ),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A name that the server may be called by, repeatable. Default: this machine's names for itself when "
+        "it listens there alone and without a key, any name otherwise.",
+        rich_help_panel=ACCESS,
+    ),
+]
 
 
 def serve(
     path: o.AnyModel,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=ACCESS)] = LOOPBACK,
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535, rich_help_panel=ACCESS)] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="FEWBIT_API_KEY",
-            help="Serve only those who send this key. Others on the machine can read command lines: better set it in "
-            "the environment.",
-            rich_help_panel=ACCESS,
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A name that the server may be called by, repeatable. Default: this machine's names for itself when "
-            "it listens there alone and without a key, any name otherwise.",
-            rich_help_panel=ACCESS,
-        ),
-    ] = None,
+    api_key: ApiKey = None,
+    allow_host: AllowHost = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients. Default: its directory's.")] = None,
     slots: Annotated[int, typer.Option(help="Answers in work at once.", min=1, max=256, rich_help_panel=o.ENGINE)] = 8,
     context: o.Context = None,
@@ -86,6 +90,7 @@ def serve(
     if api_key is None and not is_loopback(host):
         _warn_open(host)
     _check_free(host, port)
+    _allow_files(connections + OTHER_FILES)
     options = {"slots": slots, "context": context, "threads": threads, "kv": kv, "draft": draft}
     _run(path, options, settings, server, host, port, access_log)
 
@@ -123,6 +128,23 @@ def _check_free(host: str, port: int) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host} port {port}: {reason}; choose others with --host, --port") from error
+
+
+def _allow_files(needed: int) -> None:
+    """Let this process have so many files open, where the system has a limit."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError, OverflowError) as error:
+        raise UsageError(
+            f"so many connections need {needed} open files, and this process may have {hard}; give fewer to "
+            "--connections, or raise the limit: ulimit -n"
+        ) from error
 
 
 def _run(
