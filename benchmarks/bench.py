@@ -81,6 +81,7 @@ STEPS = (
     Step("quality.py", ("--model", SMALL, "--peers"), quantizes=True),
     Step("twinquant.py", ("--model", SMALL), quantizes=True),
     Step("big.py", quantizes=True),
+    Step("cost.py", quantizes=True),
     Step("quality.py", ("--model", LARGE, "--peers"), quantizes=True),
     Step("twinquant.py", ("--model", LARGE), quantizes=True),
 )

@@ -100,6 +100,38 @@ def blocks() -> str:
     return markdown(["model", "code", "block", "error", "perplexity ratio", "KL mean"], lines) + note
 
 
+def cost() -> str:
+    """Time and memory of compressing by model size, measured and predicted."""
+    made = RESULTS / "cost.json"
+    if not made.exists():
+        return "Not measured yet: `benchmarks/cost.py`.\n"
+    report, lines, machines = json.loads(made.read_text()), [], []
+    for key, row in sorted(report["rows"].items(), key=lambda item: (item[0].partition(" | ")[2], item[1]["weights"])):
+        model, _, settings = key.partition(" | ")
+        foreseen = row["predicted"]
+        both = [duration(foreseen["seconds"]), f"{foreseen['peak_memory_bytes'] / 1e9:.1f} GB"]
+        took = ["", ""]
+        if "seconds" in row:
+            took = [duration(row["seconds"]), f"{row['peak_memory_bytes'] / 1e9:.1f} GB"]
+        lines.append([settings, model, f"{row['weights'] / 1e9:.2f}", *took, *both])
+        machine = row["environment"]
+        machines.append(f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores")
+    header = ["settings", "model", "G weights", "time", "peak memory", "predicted time", "predicted memory"]
+    note = (
+        f"\n3 bits, {report['calib_tokens']} calibration tokens where it calibrates; "
+        f"{'; '.join(dict.fromkeys(machines))}. Made by `benchmarks/cost.py`.\n"
+    )
+    return markdown(header, lines) + note
+
+
+def duration(seconds: float) -> str:
+    """For tables: seconds, minutes or hours with two or three digits."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def context() -> str:
     """Perplexity by position in a long window and speed behind it, by kind of cache."""
     report = json.loads((RESULTS / "context.json").read_text())
@@ -359,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "twinquant-smollm2": partial(twinquant, "smollm2-135m", "SmolLM2-135M"),
     "blocks": blocks,
     "context": context,
+    "cost": cost,
     "end-to-end": end_to_end,
     "sweep": sweep,
     "twin-operator": twin_operator,
