@@ -102,7 +102,7 @@ def measure(name: str, seed: int, calib_tokens: int, tokens: int) -> Iterator[di
     texts = [CalibrationText(fetch_text(text)) for text in CALIBRATION]
     windows, _ = calibration_windows(source, texts, calib_tokens, WINDOW)
     whole = name == WHOLE
-    model, tokenizer = load_any(reference, torch.float32 if whole else torch.bfloat16)
+    model, tokenizer = load_any(reference, torch.float32)
     chosen = SOME_LAYERS.get(name, range(source.config.num_hidden_layers))
     family = get_family(source.config.model_type)
     names = [linear for layer, linear in linears(family, source.config.num_hidden_layers) if layer in chosen]
