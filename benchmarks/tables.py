@@ -32,28 +32,25 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def scores(measured: dict[str, Any], title: str, chosen: tuple[str, ...] = ()) -> str:
-    """What rows (all, or the `chosen` ones) score, mean over the seeds of the reference."""
+    """What rows (all, or the `chosen` ones with fewer columns) score, mean over the seeds of the reference."""
+    columns = {"KL mean": lambda row: row["kl_mean"], "KL 99 %": lambda row: row["kl_p99"]}
+    columns |= {"top-1": lambda row: 100 * row["top1_agreement"], "bits/char": lambda row: row["bits_per_char"]}
+    if chosen:
+        columns = {title: columns[title] for title in ("KL mean", "top-1")}
+    form = {"KL mean": "{:.4f}", "KL 99 %": "{:.2f}", "top-1": "{:.1f} %", "bits/char": "{:.3f}"}
     groups: dict[str, list[dict[str, Any]]] = {}
     for key, row in measured.items():
         groups.setdefault(key.partition(" | ")[0], []).append(row)
-    header = [title, "bits/weight, layers", "perplexity ratio", "KL mean", "top-1", "seeds"]
     lines = []
     for name in chosen or groups:
         found = groups.get(name, [])
         if found:
             ratios = [row["ratio"] for row in found]
-            spread = f" ({min(ratios):.3f}-{max(ratios):.3f})" if len(found) > 1 else ""
-            lines.append(
-                [
-                    name,
-                    f"{mean(row['bits_per_weight']['body'] for row in found):.3f}",
-                    f"{mean(ratios):.3f}{spread}",
-                    f"{mean(row['kl_mean'] for row in found):.4f}",
-                    f"{100 * mean(row['top1_agreement'] for row in found):.1f} %",
-                    str(len(found)),
-                ]
-            )
-    return markdown(header, lines)
+            range_of = f" ({min(ratios):.3f}-{max(ratios):.3f})" if len(found) > 1 else ""
+            bits = mean(row["bits_per_weight"]["body"] for row in found)
+            cells = [form[column].format(mean(map(value, found))) for column, value in columns.items()]
+            lines.append([name, f"{bits:.3f}", f"{mean(ratios):.3f}{range_of}", *cells, str(len(found))])
+    return markdown([title, "bits/weight, layers", "perplexity ratio", *columns, "seeds"], lines)
 
 
 def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
@@ -67,6 +64,41 @@ def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
         f"has perplexity {first['reference_perplexity']:.2f}. Made by `benchmarks/quality.py`.\n"
     )
     return scores(measured, title, chosen) + note
+
+
+def genres(model: str, title: str) -> str:
+    """The rows of `quality.py` that have a second text, beside what they score on the first."""
+    report = json.loads((RESULTS / f"quality-{model}.json").read_text())
+    rows = {key: row for key, row in report["rows"].items() if row.get("texts")}
+    if not rows:
+        return "Not measured yet: `benchmarks/quality.py`.\n"
+    names = [report["text"], *next(iter(rows.values()))["texts"]]
+    lines = []
+    for key, row in rows.items():
+        both = [row, *row["texts"].values()]
+        cells = [f"{found[what]:{form}}" for found in both for what, form in (("ratio", ".3f"), ("kl_mean", ".4f"))]
+        lines.append([key.partition(" | ")[0], f"{row['bits_per_weight']['body']:.3f}", *cells])
+    header = [
+        title,
+        "bits/weight, layers",
+        *(f"{name}, {what}" for name in names for what in ("perplexity ratio", "KL")),
+    ]
+    return markdown(header, lines) + "\nOne seed. Made by `benchmarks/quality.py`.\n"
+
+
+def ranks(model: str, title: str) -> str:
+    """The rows of `twinquant.py` that differ in the branch's rank alone."""
+    rows = json.loads((RESULTS / f"twinquant-{model}.json").read_text())["rows"]
+    lines = []
+    for bits in (4, 8, 16):
+        for rank in (0, 32, 64, 128, 256):
+            part = {0: "no branch, ", 128: ""}.get(rank, f"rank {rank}, ")
+            row = rows.get(f"W4A{bits} full, {part}not learned, not tuned | seed 0")
+            if row:
+                body = f"{row['bits_per_weight']['body']:.3f}"
+                lines.append([f"W4A{bits}", str(rank), body, f"{row['ratio']:.3f}", f"{row['kl_mean']:.4f}"])
+    header = [title, "rank", "bits/weight, layers", "perplexity ratio", "KL mean"]
+    return markdown(header, lines) + "\nOne seed, neither learned nor tuned. Made by `benchmarks/twinquant.py`.\n"
 
 
 def twinquant(model: str, title: str) -> str:
@@ -387,8 +419,10 @@ def gpu_model() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
+    "quality-genres": partial(genres, "smollm2-135m", "SmolLM2-135M"),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
     "twinquant-smollm2": partial(twinquant, "smollm2-135m", "SmolLM2-135M"),
+    "twinquant-ranks": partial(ranks, "smollm2-135m", "SmolLM2-135M"),
     "blocks": blocks,
     "context": context,
     "cost": cost,
