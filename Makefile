@@ -53,7 +53,7 @@ test-vllm: $(STAMP)  ## Run checkpoints inside vLLM, in an environment of its ow
 	@sh scripts/test_vllm.sh
 
 test-schema: $(STAMP)  ## Send the server what its OpenAPI schema allows and forbids, with schemathesis (own environment)
-	@sh scripts/test_schema.sh
+	@$(BIN)/python benchmarks/robustness.py schema
 
 test-storm: $(STAMP)  ## Attack a server with 200 clients for 10 minutes
 	@$(BIN)/python benchmarks/robustness_server.py
@@ -69,7 +69,7 @@ wheel: $(STAMP)  ## Build the wheel twice, compare, install it into an empty env
 
 fuzz: $(STAMP)  ## Damage files for 10 minutes of processor time, then for 10 more by coverage, with atheris (own environment)
 	@$(BIN)/python benchmarks/robustness.py files --minutes 10
-	@sh scripts/fuzz.sh 600
+	@$(BIN)/python benchmarks/robustness.py coverage --minutes 10
 
 bench-robustness: $(STAMP)  ## Measure extreme numbers and many threads
 	@$(BIN)/python benchmarks/robustness.py numerics

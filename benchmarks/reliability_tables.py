@@ -142,6 +142,8 @@ def robustness(part: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "robustness-files": partial(robustness, "files"),
+    "robustness-coverage": partial(robustness, "coverage"),
+    "robustness-schema": partial(robustness, "schema"),
     "robustness-numerics": partial(robustness, "numerics"),
     "robustness-threads": partial(robustness, "threads"),
     "robustness-interrupted": robustness_interrupted,

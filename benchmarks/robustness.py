@@ -1,10 +1,14 @@
-"""Counts what damaged files, extreme numbers and many threads do to fewbit, one JSON file per part.
+"""Counts what damaged files, odd requests, extreme numbers and many threads do to fewbit, one JSON file per part.
 
     python benchmarks/robustness.py files --minutes 10
+    python benchmarks/robustness.py coverage --minutes 10
+    python benchmarks/robustness.py schema
     python benchmarks/robustness.py numerics
     python benchmarks/robustness.py threads
 
-The cases are those of `tests/robustness`, which runs some of them with every `make test`.
+The cases are those of `tests/robustness`, which runs some of them with every `make test`; those of `coverage` are
+found by atheris and those of `schema` by schemathesis, each in an environment of its own. Ends with 1 where something
+is lost.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -145,7 +150,39 @@ def threads(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
-PARTS = {"files": files, "numerics": numerics, "threads": threads}
+def words_of(script: str, *arguments: str) -> tuple[int, str]:
+    """The exit code of a script and all that it said, which the terminal shows meanwhile."""
+    command = ["sh", f"scripts/{script}", *arguments]
+    words = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            words.append(line)
+    return process.returncode, "".join(words)
+
+
+def coverage(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Inputs of the readers that atheris finds by what the interpreter covers; a finding ends the run."""
+    code, words = words_of("fuzz.sh", str(round(60 * arguments.minutes)))
+    runs = [int(number) for number in re.findall(r"^(?:#|stat::number_of_executed_units: |Done )(\d+)", words, re.M)]
+    if not runs:
+        raise SystemExit(f"the fuzzer did not run: {words[-1000:]}")
+    what = "headers, indices, records and plans, found by coverage"
+    return {"rows": [row(what, max(runs), max(runs) - (code != 0))], "seconds": round(60 * arguments.minutes)}
+
+
+def schema(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the OpenAPI schema allows and forbids, sent to a server: answers of 500 and above are lost."""
+    _, words = words_of("test_schema.sh")
+    found = re.search(r"(\d+) generated,(?:.*, |\s)(\d+) passed", words)
+    version = re.search(r"Schemathesis v(\S+)", words)
+    if not found or not version:
+        raise SystemExit(f"schemathesis did not run: {words[-1000:]}")
+    what = f"requests made from the OpenAPI schema by schemathesis {version[1]}"
+    return {"rows": [row(what, int(found[1]), int(found[2]))]}
+
+
+PARTS = {"files": files, "coverage": coverage, "schema": schema, "numerics": numerics, "threads": threads}
 
 
 def save(part: str, found: dict[str, Any]) -> None:
@@ -154,10 +191,10 @@ def save(part: str, found: dict[str, Any]) -> None:
     output.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--minutes", type=float, default=10.0, help="processor time for files")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for files, of processor time, and for coverage")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--threads", type=int, default=16)
     parser.add_argument("--requests", type=int, default=25, help="per thread")
@@ -166,7 +203,8 @@ def main() -> None:
     found = PARTS[arguments.part](arguments)
     save(arguments.part, found)
     print(json.dumps(found["rows"], indent=1), f"{time.monotonic() - started:.0f} s", f"{cpu_minutes():.1f} CPU-min")
+    return int(any(one["lost"] for one in found["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
