@@ -30,8 +30,28 @@ from fewbit.pipeline.texts import CalibrationText, calibration_windows
 RUNNER = Path(__file__).resolve().parent / "peers" / "quantize.py"
 BUILD = Path(__file__).resolve().parent.parent / "build"
 # A looser torch may be a CUDA build of several gigabytes.
-COMMON = ("torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0", "numpy==2.4.6", "safetensors==0.8.0")
-PACKAGES = (*COMMON, "hqq==0.2.8.post1", "torchao==0.18.0", "auto-round==0.16.1")
+COMMON = ("torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0", "safetensors==0.8.0")
+
+
+@dataclass(frozen=True)
+class Packages:
+    """What an environment under `build/` holds: `tools` first, and `packages`, which see the tools when they are built
+    unless they are `isolated`."""
+
+    name: str
+    tools: tuple[str, ...]
+    packages: tuple[str, ...]
+    isolated: bool = True
+
+
+USUAL = Packages(
+    "python-peers", (*COMMON, "numpy==2.4.6"), ("hqq==0.2.8.post1", "torchao==0.18.0", "auto-round==0.16.1")
+)
+# The last GPTQModel that can be imported beside a torch for CPUs: 6.0 asks transformers for a function that is gone,
+# 7.0 and later need torchvision, whose wheel is for CUDA, and 7.7 a newer torch.
+GPTQ = Packages(
+    "gptq-peer", (*COMMON, "numpy==2.2.6", "setuptools<82", "wheel", "requests"), ("gptqmodel==5.8.0",), False
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +68,15 @@ class PythonRecipe:
     symmetric: bool = False
     calibrated: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    environment: Packages = USUAL
 
     def settings(self) -> dict[str, Any]:
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, **self.extra}
 
     def options(self, calib_tokens: int) -> dict[str, Any]:
         """What a row of results says about how it was made."""
-        return {**asdict(self), "calib_tokens": calib_tokens if self.calibrated else 0, "dtype": "float32"}
+        recipe = {name: value for name, value in asdict(self).items() if name != "environment"}
+        return {**recipe, "calib_tokens": calib_tokens if self.calibrated else 0, "dtype": "float32"}
 
 
 # AutoRound's own light recipe; its default is 200 steps, which take four times as long.
@@ -65,6 +87,11 @@ PYTHON_PEERS = {
     **{f"torchao int4 g{group}": PythonRecipe("torchao", 4, group, symmetric=True) for group in (64, 128)},
     **{f"torchao int4 with zeros g{group}": PythonRecipe("torchao", 4, group) for group in (64, 128)},
     **{f"HQQ {bits} bits g{group}": PythonRecipe("hqq", bits, group) for bits in (3, 4) for group in (64, 128)},
+    **{
+        f"GPTQModel {bits} bits g{group}": PythonRecipe("gptq", bits, group, True, True, {"batch_size": 4}, GPTQ)
+        for bits in (3, 4)
+        for group in (64, 128)
+    },
     **{
         f"AutoRound {bits} bits g{group}": PythonRecipe("auto_round", bits, group, True, True, LIGHT)
         for bits in (3, 4)
@@ -88,16 +115,18 @@ def fitting(source: Source) -> list[str]:
     ]
 
 
-def interpreter() -> Path:
-    """The Python of the packages' environment, which is made if it is missing or holds other versions."""
-    directory = BUILD / "python-peers"
+def interpreter(environment: Packages) -> Path:
+    """The Python of an environment, which is made if it is missing or holds other versions."""
+    directory = BUILD / environment.name
     python, marker = directory / "bin" / "python", directory / ".packages"
-    packages = "\n".join(PACKAGES)
+    packages = "\n".join((*environment.tools, *environment.packages))
     if not marker.exists() or marker.read_text() != packages:
         base = getattr(sys, "_base_executable", sys.executable)
         run([base, "-m", "venv", "--clear", str(directory)], "make an environment")
         pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-input"]
-        run([*pip, *PACKAGES], f"install {', '.join(PACKAGES[len(COMMON) :])}")
+        run([*pip, *environment.tools], f"install {', '.join(environment.tools)}")
+        isolation = [] if environment.isolated else ["--no-build-isolation"]
+        run([*pip, *isolation, *environment.packages], f"install {', '.join(environment.packages)}")
         marker.write_text(packages)
     return python
 
@@ -112,7 +141,7 @@ def peer_weights(
     source = open_source(reference)
     config = source.config
     names = [name for _, name in linears(get_family(config.model_type), config.num_hidden_layers)]
-    python = interpreter()
+    python = interpreter(recipe.environment)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         request = {

@@ -112,7 +112,7 @@ def peer(python_peers, tiny_models, tmp_path, monkeypatch):
         "runner.answer(json.loads(pathlib.Path(sys.argv[1]).read_text()))\n"
     )
     monkeypatch.setattr(python_peers, "RUNNER", script)
-    monkeypatch.setattr(python_peers, "interpreter", lambda: Path(sys.executable))
+    monkeypatch.setattr(python_peers, "interpreter", lambda environment: Path(sys.executable))
     monkeypatch.setattr(python_peers, "WINDOW", 16)
     return python_peers
 
@@ -192,12 +192,15 @@ def test_the_environment_is_made_once_for_its_versions(python_peers, tmp_path, m
         (tmp_path / "python-peers").mkdir(exist_ok=True)
 
     monkeypatch.setattr(python_peers, "run", run)
-    python = python_peers.interpreter()
+    wanted = python_peers.USUAL
+    python = python_peers.interpreter(wanted)
     assert python == tmp_path / "python-peers" / "bin" / "python"
-    assert len(commands) == 2
-    assert set(python_peers.PACKAGES) < set(commands[1])
-    python_peers.interpreter()
-    assert len(commands) == 2
-    monkeypatch.setattr(python_peers, "PACKAGES", ("torch==2.13.0", "hqq==9"))
-    python_peers.interpreter()
-    assert len(commands) == 4
+    assert len(commands) == 3
+    assert set(wanted.tools) < set(commands[1])
+    assert set(wanted.packages) < set(commands[2])
+    python_peers.interpreter(wanted)
+    assert len(commands) == 3
+    python_peers.interpreter(python_peers.Packages(wanted.name, ("torch==2.13.0",), ("hqq==9",), isolated=False))
+    assert len(commands) == 6
+    assert "--no-build-isolation" in commands[5]
+    assert "--no-build-isolation" not in commands[2]

@@ -129,10 +129,35 @@ def auto_round(request: dict[str, Any]) -> Answer:
     return decoded, {"zero_bits": 0 if settings["symmetric"] else settings["bits"]}
 
 
+def gptq(request: dict[str, Any]) -> Answer:
+    """GPTQ by GPTQModel with its defaults: every linear of a layer on what the rounded layers before it give."""
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    settings = request["settings"]
+    if not settings["symmetric"]:
+        raise ValueError("only symmetric codes are read")
+    asked = {"bits": settings["bits"], "group_size": settings["group_size"], "sym": settings["symmetric"]}
+    config = QuantizeConfig(**asked, offload_to_disk=False)
+    model = GPTQModel.load(request["reference"], config, device="cpu", dtype=torch.float32)
+    windows = load_file(request["windows"])["windows"]
+    rows = [{"input_ids": window[None], "attention_mask": torch.ones_like(window[None])} for window in windows]
+    model.quantize(rows, batch_size=settings["batch_size"], backend=BACKEND.TORCH)
+    decoded = {}
+    for name in request["linears"]:
+        linear: Any = model.model.get_submodule(name)
+        linear.scales = linear.scales.half().float()
+        # Zeros are kept less one until a checkpoint is loaded; all of symmetric codes are the middle.
+        linear.qzeros = torch.zeros_like(linear.qzeros)
+        middle = 2.0 ** (settings["bits"] - 1) * linear.scales[linear.g_idx.long()]
+        decoded[name] = (linear.dequantize_weight() - middle).T.float()
+    return decoded, {"zero_bits": 0}
+
+
 METHODS: dict[str, tuple[str, Callable[[dict[str, Any]], Answer]]] = {
     "hqq": ("hqq", hqq),
     "torchao": ("torchao", torchao),
     "auto_round": ("auto-round", auto_round),
+    "gptq": ("gptqmodel", gptq),
 }
 
 
