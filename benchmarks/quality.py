@@ -100,7 +100,7 @@ def scores(
 def measure(
     reference: Path, options: QuantizeOptions, texts: Sequence[str], settings: dict[str, int], work: Path
 ) -> dict[str, Any]:
-    """Quantize and evaluate one row in float32: decoded, as the peers are, and as the kernels run it."""
+    """Quantize and evaluate one row in float32: decoded, as the peers are, and as kernels run it, if any do."""
     output = work / "checkpoint"
     if not output.exists():
         # A run that was cut off goes on where it was.
@@ -109,7 +109,11 @@ def measure(
     result = json.loads((output / "result.json").read_text())
     started = time.monotonic()
     row_model, tokenizer = load(output, torch.float32)
-    models = {"row": decoded(row_model), "kernels": load(output, torch.float32)[0]}
+    models = {"row": decoded(row_model)}
+    packed, _ = load(output, torch.float32)
+    # Codes without kernels are decoded for every window, which takes long and gives what the row has.
+    if any(module.has_kernel() for module in packed.modules() if isinstance(module, FewbitLinear)):
+        models["kernels"] = packed
     found = scores(reference, models, tokenizer, texts, settings)
     tuning = json.loads((output / "fewbit.json").read_text()).get("tuning")
     shutil.rmtree(work)
