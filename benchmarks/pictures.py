@@ -29,7 +29,7 @@ def shown(row: str) -> str:
     """A row's name in the picture; empty for rows that are not in it (controls, unfinished and padded ones)."""
     if row.startswith("llama.cpp") and "pure" not in row and "padded" not in row:
         return row.removeprefix("llama.cpp ").removesuffix(" + imatrix")
-    if row.startswith(("HQQ", "AutoRound", "torchao int4 g")):
+    if row.startswith(("HQQ", "GPTQModel", "AutoRound", "torchao int4 g")):
         return row
     return {"trellis": "fewbit", "trellis 2 bits": "fewbit", "trellis 4 bits": "fewbit"}.get(row, "")
 
