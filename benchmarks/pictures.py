@@ -22,6 +22,7 @@ PICTURE = ROOT / "docs" / "images" / "quality.svg"
 MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B"}
 OURS, PEERS = "#1f8fd6", "#d55e00"  # told apart by whoever sees few colours, and by their marks
 TICKS = [digit * scale for scale in (0.001, 0.01, 0.1, 1, 10) for digit in (1, 2, 5)]
+NEAR_BITS, NEAR_RATIO = 0.5, 1.3  # of points whose names would lie on each other
 GREY = "#808080"  # to be read on light and on dark pages
 
 
@@ -61,7 +62,10 @@ def draw(found: dict[str, list[tuple[str, float, float]]], target: Path) -> None
         others = [(name, bits, nats) for name, bits, nats in found[model] if name != "fewbit"]
         panel.plot([bits for _, bits, _ in others], [nats for *_, nats in others], "s", color=PEERS, label="others")
         for name, bits, nats in others:
-            panel.annotate(name, (bits, nats), (4, 4), textcoords="offset points", color=PEERS, fontsize=8)
+            # Of two that are next to each other the lower one has its name below.
+            above = all(abs(bits - b) > NEAR_BITS or not 1 < n / nats < NEAR_RATIO for _, b, n in others)
+            place = (4, 4) if above else (4, -11)
+            panel.annotate(name, (bits, nats), place, textcoords="offset points", color=PEERS, fontsize=8)
         panel.set(title=title, xlabel="bits per weight, layers", ylabel="divergence, nats", yscale="log")
         panel.margins(x=0.2, y=0.15)
         panel.grid(color=GREY, alpha=0.25)
