@@ -97,6 +97,8 @@ def ranks(model: str, title: str) -> str:
             if row:
                 body = f"{row['bits_per_weight']['body']:.3f}"
                 lines.append([f"W4A{bits}", str(rank), body, f"{row['ratio']:.3f}", f"{row['kl_mean']:.4f}"])
+    if len({rank for _, rank, *_ in lines}) < 2:
+        return "Not measured yet: `benchmarks/twinquant.py`.\n"
     header = [title, "rank", "bits/weight, layers", "perplexity ratio", "KL mean"]
     return markdown(header, lines) + "\nOne seed, neither learned nor tuned. Made by `benchmarks/twinquant.py`.\n"
 

@@ -17,7 +17,7 @@ REFERENCE = {
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for path, text in (("index.md", _readme()), ("changes.md", _read("CHANGELOG.md")), ("reference.md", _reference())):
+    for path, text in (("index.md", _readme()), ("changes.md", _changes()), ("reference.md", _reference())):
         files.append(File.generated(config, path, content=text))
     return files
 
@@ -30,6 +30,10 @@ def _readme() -> str:
     """The README with links as they are from inside docs; files that are no pages lead nowhere and lose theirs."""
     text = _read("README.md").replace("](docs/", "](").replace("](CHANGELOG.md)", "](changes.md)")
     return re.sub(r"\[([^\]]+)\]\((?!\w+\.md|images/|#|https?:)[^)]+\)", r"\1", text)
+
+
+def _changes() -> str:
+    return _read("CHANGELOG.md").replace("](docs/", "](")
 
 
 def _reference() -> str:
