@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -78,12 +77,17 @@ def layer_bytes(config: LlamaConfig) -> int:
     return sum(4 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes(config).values())
 
 
-def compress(model: Path, output: Path, arguments: list[str]) -> tuple[dict[str, Any], int]:
-    """What `fewbit quantize --json` says, and its process's peak resident memory in bytes."""
-    command = [sys.executable, "-c", COMMAND, "quantize", str(model), str(output), "--rounding", "nearest", "--json"]
-    result = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    # The largest of all processes waited for, and this is the only one.
-    return json.loads(result.stdout), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+def fewbit(*arguments: str) -> tuple[dict[str, Any], int]:
+    """What a command says with `--json`, and its process's peak resident memory in bytes."""
+    command = [sys.executable, "-c", COMMAND, *arguments, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return json.loads(said), usage.ru_maxrss * 1024
 
 
 def measure(config: LlamaConfig, directory: Path, arguments: list[str]) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def measure(config: LlamaConfig, directory: Path, arguments: list[str]) -> dict[
     model = directory / "model"
     write_plain(model, config, tensors(config), torch.bfloat16, SHARD_BYTES)
     source = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    found, peak = compress(model, directory / "out", arguments)
+    found, peak = fewbit("quantize", str(model), str(directory / "out"), "--rounding", "nearest", *arguments)
     bound = 2 * layer_bytes(config) + 10**9
     weights = round(8 * found["bytes"] / found["bits_per_weight"]["total"])
     return {

@@ -11,15 +11,13 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from big import COMMAND, SHAPE, shapes
+from big import SHAPE, fewbit, shapes
 from encode import commit
 from references import reference_dir
 from transformers import LlamaConfig
@@ -78,19 +76,6 @@ def predicted(config: LlamaConfig, rounding: str) -> dict[str, Any]:
         options = QuantizeOptions(rounding=rounding, calib_tokens=CALIB_TOKENS).resolved(source.weights())
         windows = torch.zeros(CALIB_TOKENS // WINDOW, WINDOW, dtype=torch.int64) if rounding == "ldlq" else None
         return {"weights": source.weights(), "predicted": predict(make_plan(source, options, ""), windows)}
-
-
-def fewbit(*arguments: str) -> tuple[dict[str, Any], int]:
-    """What a command says with `--json`, and its process's peak resident memory in bytes."""
-    command = [sys.executable, "-c", COMMAND, *arguments, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return json.loads(said), usage.ru_maxrss * 1024
 
 
 def measured(model: str, settings: tuple[str, ...]) -> dict[str, Any]:

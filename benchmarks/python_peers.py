@@ -47,8 +47,8 @@ class Packages:
 USUAL = Packages(
     "python-peers", (*COMMON, "numpy==2.4.6"), ("hqq==0.2.8.post1", "torchao==0.18.0", "auto-round==0.16.1")
 )
-# The last GPTQModel that can be imported beside a torch for CPUs: 6.0 asks transformers for a function that is gone,
-# 7.0 and later need torchvision, whose wheel is for CUDA, and 7.7 a newer torch.
+# Newer ones that were tried cannot be imported beside this torch for CPUs: 6.0.3 asks transformers for a function that
+# is gone, 7.3.6 needs torchvision, whose wheel is for CUDA, and 7.7.0 a newer torch.
 GPTQ = Packages(
     "gptq-peer", (*COMMON, "numpy==2.2.6", "setuptools<82", "wheel", "requests"), ("gptqmodel==5.8.0",), False
 )

@@ -194,6 +194,8 @@ def main() -> None:
     output = arguments.output or RESULTS / f"quality-{arguments.model}.json"
     report = json.loads(output.read_text()) if output.exists() else {"rows": {}}
     first, *others = arguments.texts
+    if report.get("text", first) != first:
+        parser.error(f"{output} has rows whose first text is {report['text']}; give another --output for {first}")
     report |= {"benchmark": "quality", "model": arguments.model, "text": first, "calibration": CALIBRATION}
     # Loading a model is not what this program reports on.
     logging.disable_progress_bar()

@@ -69,7 +69,7 @@ def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
 def genres(model: str, title: str) -> str:
     """The rows of `quality.py` that have a second text, beside what they score on the first."""
     report = json.loads((RESULTS / f"quality-{model}.json").read_text())
-    rows = {key: row for key, row in report["rows"].items() if row.get("texts")}
+    rows = {key: row for key, row in report["rows"].items() if row.get("texts") and key.endswith("| seed 0")}
     if not rows:
         return "Not measured yet: `benchmarks/quality.py`.\n"
     names = [report["text"], *next(iter(rows.values()))["texts"]]
