@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from hostile_changes import Files, change, read_files, write_files
 
 HERE = Path(__file__).resolve().parent
@@ -194,6 +195,9 @@ def _fork(kind: str, target: str, number: int, case: Path, size: int) -> Outcome
             null = os.open(os.devnull, os.O_RDWR)
             for descriptor in (0, 1, 2):
                 os.dup2(null, descriptor)
+            # PyTorch makes its pool anew in a child when it first asks for it, and of two threads that ask at once one
+            # gets none.
+            torch.set_num_threads(1)
             _limits()
             os.chdir(case / "out")
             os.write(writer, json.dumps(_open_case(kind, target, case)).encode())
