@@ -90,33 +90,8 @@ def write_gguf(
     that the `gguf` package cannot make.
     """
     config = model.config
-    arch = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if arch == "llama":
-        writer.add_rope_dimension_count(head_size)
-        writer.add_vocab_size(config.vocab_size)
-    elif arch != "qwen2":
-        writer.add_key_length(head_size)
-        writer.add_value_length(head_size)
-    if config.model_type == "gemma3_text":
-        writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "mixtral":
-        writer.add_expert_count(config.num_local_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type == "qwen3_moe":
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+    add_configuration(writer, config)
     if tokenizer:
         add_tokenizer(writer, config.vocab_size)
     if fields is not None:
@@ -136,6 +111,35 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
+    """A model's sizes, as keys of its architecture."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if writer.arch == "llama":
+        writer.add_rope_dimension_count(head_size)
+        writer.add_vocab_size(config.vocab_size)
+    elif writer.arch != "qwen2":
+        writer.add_key_length(head_size)
+        writer.add_value_length(head_size)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "mixtral":
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
