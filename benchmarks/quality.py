@@ -215,8 +215,7 @@ def main() -> None:
             else:
                 options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
                 row = measure(reference, options, arguments.texts, settings, work_dir(key, output))
-            report["rows"][key] = {**row, "commit": commit()}
-            report["environment"] = environment()
+            report["rows"][key] = {**row, "commit": commit(), "environment": environment()}
             output.write_text(json.dumps(report, indent=1) + "\n")
             print(f"{key}: perplexity x {row['ratio']:.4f}, KL {row['kl_mean']:.4f}", flush=True)
 

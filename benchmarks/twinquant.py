@@ -100,8 +100,7 @@ def main() -> None:
             reference = reference_dir(arguments.model, seed)
             options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
             row = measure(reference, options, text, settings, work_dir(key, output))
-            report["rows"][key] = {**row, "commit": commit()}
-            report["environment"] = environment()
+            report["rows"][key] = {**row, "commit": commit(), "environment": environment()}
             output.write_text(json.dumps(report, indent=1) + "\n")
             print(f"{key}: perplexity x {row['ratio']:.4f}, KL {row['kl_mean']:.4f}", flush=True)
 
