@@ -1,8 +1,8 @@
 """What compressing costs: time and peak memory by model size.
 
-Real models run through `fewbit quantize` in processes of their own, after `--dry-run` has predicted the same; shapes
-that are too large for that here are predicted alone, from files that hold headers and nothing else. Finished rows are
-kept in the result file, so that a run that was cut off continues.
+Real models run through `fewbit quantize` in processes of their own, and `--dry-run` predicts the same; shapes that are
+too large for that here are predicted alone, from files that hold headers and nothing else. What was measured is kept in
+the result file, so that a run that was cut off continues; predictions are made anew.
 """
 
 from __future__ import annotations
@@ -78,20 +78,29 @@ def predicted(config: LlamaConfig, rounding: str) -> dict[str, Any]:
         return {"weights": source.weights(), "predicted": predict(make_plan(source, options, ""), windows)}
 
 
+def command(model: str, settings: tuple[str, ...]) -> list[str]:
+    """What compresses a real model off the grid, but for the directory that the result goes to."""
+    tokens = ("--calib-tokens", str(CALIB_TOKENS), "--calib-window", str(WINDOW))
+    return ["quantize", str(reference_dir(model, seed=0)), *tokens, *settings]
+
+
+def foreseen(model: str, settings: tuple[str, ...]) -> dict[str, float]:
+    """What the plan says beforehand: time and memory."""
+    with tempfile.TemporaryDirectory(prefix="fewbit-cost-") as directory:
+        plan, _ = fewbit(*command(model, settings), str(Path(directory) / "out"), "--dry-run")
+    prediction: dict[str, float] = plan["prediction"]
+    return prediction
+
+
 def measured(model: str, settings: tuple[str, ...]) -> dict[str, Any]:
-    """One run on a real model, off the grid."""
-    reference = reference_dir(model, seed=0)
+    """One run on a real model."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="fewbit-cost-") as directory:
-        output = str(Path(directory) / "out")
-        tokens = ("--calib-tokens", str(CALIB_TOKENS), "--calib-window", str(WINDOW))
-        plan, _ = fewbit("quantize", str(reference), output, *tokens, *settings, "--dry-run")
         started = time.monotonic()
-        found, peak = fewbit("quantize", str(reference), output, *tokens, *settings)
+        found, peak = fewbit(*command(model, settings), str(Path(directory) / "out"))
         seconds = time.monotonic() - started
     return {
-        "weights": open_source(reference).weights(),
-        "predicted": plan["prediction"],
+        "weights": open_source(reference_dir(model, seed=0)).weights(),
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak,
         "bits_per_weight": found["bits_per_weight"],
@@ -118,8 +127,14 @@ def main() -> None:
             keep(f"{name} | {settings}", predicted(config, rounding))
     for settings in arguments.settings:
         for model in arguments.models:
-            if f"{model} | {settings}" not in report["rows"]:
-                keep(f"{model} | {settings}", measured(model, SETTINGS[settings]))
+            key = f"{model} | {settings}"
+            # A prediction takes seconds and is made anew; a row that was measured is kept.
+            prediction = foreseen(model, SETTINGS[settings])
+            if key in report["rows"]:
+                report["rows"][key]["predicted"] = prediction
+                arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            else:
+                keep(key, {"predicted": prediction, **measured(model, SETTINGS[settings])})
 
 
 if __name__ == "__main__":

@@ -140,6 +140,10 @@ def cost() -> str:
     if not made.exists():
         return "Not measured yet: `benchmarks/cost.py`.\n"
     report, lines, machines = json.loads(made.read_text()), [], []
+    big = RESULTS / "big.json"
+    whole = json.loads(big.read_text()) if big.exists() else {"layers": 0}
+    if whole["layers"] == 32:
+        report["rows"]["8B shape | nearest"] |= {key: whole[key] for key in ("seconds", "peak_memory_bytes")}
     for key, row in sorted(report["rows"].items(), key=lambda item: (item[0].partition(" | ")[2], item[1]["weights"])):
         model, _, settings = key.partition(" | ")
         foreseen = row["predicted"]
@@ -153,7 +157,8 @@ def cost() -> str:
     header = ["settings", "model", "G weights", "time", "peak memory", "predicted time", "predicted memory"]
     note = (
         f"\n3 bits, {report['calib_tokens']} calibration tokens where it calibrates; "
-        f"{'; '.join(dict.fromkeys(machines))}. Made by `benchmarks/cost.py`.\n"
+        f"{'; '.join(dict.fromkeys(machines))}. Made by `benchmarks/cost.py`, the 8B shape's measured figures by "
+        f"`benchmarks/big.py` with random weights.\n"
     )
     return markdown(header, lines) + note
 

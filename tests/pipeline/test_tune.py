@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fewbit.pipeline.memory as memory_module
 import fewbit.pipeline.tune as tune
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
@@ -196,7 +197,7 @@ def test_state_that_is_read_back_goes_on_as_if_nothing_had_happened(tmp_path):
 def test_activations_kept_or_computed_again_give_the_same_bytes(tiny_models, calibration_text, tmp_path, monkeypatch):
     options = QuantizeOptions(**SETTINGS, tune=True, tune_steps=16)
     for memory in (0, 1 << 40):
-        monkeypatch.setattr(tune, "available_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(memory_module, "available_memory", lambda memory=memory: memory)
         quantize(tiny_models["tied"], tmp_path / str(memory), options, [calibration_text])
     for path in (tmp_path / "0").iterdir():
         assert path.read_bytes() == (tmp_path / str(1 << 40) / path.name).read_bytes()

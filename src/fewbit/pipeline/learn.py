@@ -30,7 +30,7 @@ from fewbit.models import Family, get_family
 from fewbit.pipeline.calibrate import LayerStream, full_precision
 from fewbit.pipeline.descent import Descent, share_of_rate
 from fewbit.pipeline.jobs import BRANCHES, tensor_signs
-from fewbit.pipeline.memory import activation_bytes, available_memory
+from fewbit.pipeline.memory import activation_bytes, computed_again
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
 from fewbit.pipeline.teacher import Divergence, Teacher
@@ -179,9 +179,8 @@ class Learner:
         self.linears: dict[str, LearnedLinear] = {}
         self.routers: dict[str, torch.Tensor] = {}
         # As in tuning: what is kept for the way back takes memory, what is computed again takes time.
-        weights = sum(tensor.weights for tensor in plan.tensors if tensor.kind == "body")
-        kept = 4 * WEIGHT_COPIES * weights + activation_bytes(plan, WINDOWS_PER_STEP * self.windows.shape[1])
-        self.recompute = kept > available_memory() / 2
+        kept = weight_bytes(plan) + activation_bytes(plan, WINDOWS_PER_STEP * self.windows.shape[1])
+        self.recompute = computed_again(kept)
 
     def run(self) -> None:
         """Learn, and write the transform and the branches; does nothing where that is done."""
@@ -316,6 +315,11 @@ class Learner:
         branches = {name: linear.down() for name, linear in self.linears.items() if linear.start is not None}
         write_tensors(self.work / BRANCHES, branches)
         Transform(left @ right, found.gains, found.scales, found.values).save(self.work / TRANSFORM)
+
+
+def weight_bytes(plan: Plan) -> int:
+    """What a step keeps of the weights for the way back."""
+    return 4 * WEIGHT_COPIES * sum(tensor.weights for tensor in plan.tensors if tensor.kind == "body")
 
 
 def learning_windows(steps: int) -> int:

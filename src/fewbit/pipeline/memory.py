@@ -13,6 +13,12 @@ def activation_bytes(plan: Plan, tokens: int) -> int:
     return 2 * 4 * tokens * sum(sum(tensor.shape) for tensor in body)
 
 
+def computed_again(kept: int) -> bool:
+    """Whether a step forgets the `kept` bytes of its way there and computes them on the way back: they would take more
+    than half of the memory that is free."""
+    return kept > available_memory() / 2
+
+
 def available_memory() -> int:
     """Bytes of memory that nobody uses, as far as the system tells."""
     try:

@@ -7,6 +7,7 @@ weights; memory is the largest set of tensors that exist at once. Both are estim
 from __future__ import annotations
 
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,13 @@ from fewbit.formats import GroupFormat, get_format, group_format
 from fewbit.math.rounding import CHUNK_WEIGHTS, inverse_factor, quantize_rotated
 from fewbit.pipeline import learn as learning
 from fewbit.pipeline.calibrate import WINDOWS_PER_BATCH, bfloat16_products
+from fewbit.pipeline.memory import activation_bytes, computed_again
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.tune import WINDOWS_PER_STEP
 from fewbit.pipeline.tune_layers import EPOCHS, LEARNED
 
 SAMPLE_ROWS, SAMPLE_COLS = 256, 512
+SAMPLE_TOKENS, SAMPLE_SIDE = 1024, 2048
 REPEATS = 5
 COPIES_WHILE_ROUNDING = 6  # source, rotated, fed-back, values, errors and codes, in float32 each at most
 
@@ -39,7 +42,7 @@ def predict(plan: Plan, windows: torch.Tensor | None) -> dict[str, Any]:
         products = _calibration_operations(plan, windows.numel()) + _tuning_operations(plan, windows.shape[1])
         products += _learning_operations(plan, windows.shape[1])
     dtype = getattr(torch, plan.options["calib_dtype"]) if windows is not None else torch.float32
-    rate = _product_rate(dtype) if products else 1.0
+    rate = _product_rate(plan, dtype) if products else 1.0
     return {"seconds": round(encode + products / rate, 4), "peak_memory_bytes": _memory(plan, windows)}
 
 
@@ -91,10 +94,13 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
     largest_layer = max(layers.values(), default=0)
     table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)
     present = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if plan.options["tune"] or plan.options["learn"]:
-        # The whole model in float32, and once more what a step needs beside it at the least.
+    if windows is not None and (plan.options["tune"] or plan.options["learn"]):
+        # The whole model in float32, half of it once more beside it, and what a step keeps for the way back.
         whole = sum(4 * tensor.weights for tensor in plan.tensors)
-        return int(present + 1.5 * whole)
+        kept = activation_bytes(plan, WINDOWS_PER_STEP * windows.shape[1])
+        if plan.options["learn"]:
+            kept += learning.weight_bytes(plan)
+        return int(present + 1.5 * whole + (kept / len(layers) if computed_again(kept) else kept))
     return int(present + hidden + max(largest_layer, table_bytes) + hessian + rounding)
 
 
@@ -108,13 +114,13 @@ def _factor_bytes(tensor: PlannedTensor) -> int:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The best of a few runs: what the machine can do, whatever else it did meanwhile."""
+    """The median of a few runs."""
     found = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         work()
         found.append(time.perf_counter() - started)
-    return min(found)
+    return statistics.median(found)
 
 
 def _encoding_rate(name: str, bits: int, feedback: bool) -> float:
@@ -127,8 +133,11 @@ def _encoding_rate(name: str, bits: int, feedback: bool) -> float:
     return weight.numel() / _seconds(lambda: quantize_rotated(weight_format, weight, spec, factor))
 
 
-def _product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product such as calibration runs."""
-    x = torch.randn(2048, 1024)
+def _product_rate(plan: Plan, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product such as calibration runs: the largest of a layer, which for
+    small models is small enough to be slower than others."""
+    shape = max((tensor for tensor in plan.tensors if tensor.kind == "body"), key=lambda tensor: tensor.weights).shape
+    rows, cols = (min(size, SAMPLE_SIDE) for size in shape)
+    x, weight = torch.randn(SAMPLE_TOKENS, cols), torch.randn(rows, cols)
     with bfloat16_products(dtype):
-        return 2.0 * x.shape[0] * x.shape[1] ** 2 / _seconds(lambda: x.T @ x)
+        return 2.0 * x.numel() * rows / _seconds(lambda: x @ weight.T)

@@ -28,7 +28,7 @@ from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
 from fewbit.pipeline.descent import Descent, share_of_rate
 from fewbit.pipeline.gains import Gain, GainLinear, TwinGainLinear, with_gains
 from fewbit.pipeline.jobs import Shard, read_shard, relative_error, write_shard
-from fewbit.pipeline.memory import activation_bytes, available_memory
+from fewbit.pipeline.memory import activation_bytes, computed_again
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
 from fewbit.pipeline.teacher import Divergence, Teacher
@@ -61,7 +61,7 @@ class Tuner:
         # Activations that are kept for the way back take memory, those that are computed again take time; the values
         # are the same.
         kept = activation_bytes(plan, WINDOWS_PER_STEP * self.windows.shape[1])
-        self.recompute = kept > available_memory() / 2
+        self.recompute = computed_again(kept)
 
     def run(self) -> None:
         """Tune and write the tuned shards and plain tensors; does nothing where that is done."""
