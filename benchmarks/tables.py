@@ -140,10 +140,10 @@ def cost() -> str:
     if not made.exists():
         return "Not measured yet: `benchmarks/cost.py`.\n"
     report, lines, machines = json.loads(made.read_text()), [], []
-    big = RESULTS / "big.json"
-    whole = json.loads(big.read_text()) if big.exists() else {"layers": 0}
-    if whole["layers"] == 32:
-        report["rows"]["8B shape | nearest"] |= {key: whole[key] for key in ("seconds", "peak_memory_bytes")}
+    shape, big = report["rows"]["8B shape | nearest"], RESULTS / "big.json"
+    whole = json.loads(big.read_text()) if big.exists() else {}
+    if whole.get("weights") == shape["weights"]:
+        shape |= {key: whole[key] for key in ("seconds", "peak_memory_bytes", "environment")}
     for key, row in sorted(report["rows"].items(), key=lambda item: (item[0].partition(" | ")[2], item[1]["weights"])):
         model, _, settings = key.partition(" | ")
         foreseen = row["predicted"]

@@ -26,7 +26,7 @@ from fewbit.pipeline.tune_layers import EPOCHS, LEARNED
 SAMPLE_ROWS, SAMPLE_COLS = 256, 512
 SAMPLE_TOKENS, SAMPLE_SIDE = 1024, 2048
 REPEATS = 5
-PRODUCT_SHARE = 0.5  # of the time of what is counted as products; measured on two models: 0.43 to 0.65
+PRODUCT_SHARE = 0.5  # of the time of what is counted as products; fitted to benchmarks/cost.py with AVX2
 COPIES_WHILE_ROUNDING = 6  # source, rotated, fed-back, values, errors and codes, in float32 each at most
 
 
