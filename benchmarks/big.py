@@ -77,17 +77,11 @@ def layer_bytes(config: LlamaConfig) -> int:
     return sum(4 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes(config).values())
 
 
-def fewbit(*arguments: str) -> tuple[dict[str, Any], int]:
-    """What a command says with `--json`, and its process's peak resident memory in bytes."""
+def fewbit(*arguments: str) -> dict[str, Any]:
+    """What a command says with `--json`."""
     command = [sys.executable, "-c", COMMAND, *arguments, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return json.loads(said), usage.ru_maxrss * 1024
+    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return found
 
 
 def measure(config: LlamaConfig, directory: Path, arguments: list[str]) -> dict[str, Any]:
@@ -95,8 +89,9 @@ def measure(config: LlamaConfig, directory: Path, arguments: list[str]) -> dict[
     model = directory / "model"
     write_plain(model, config, tensors(config), torch.bfloat16, SHARD_BYTES)
     source = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    found, peak = fewbit("quantize", str(model), str(directory / "out"), "--rounding", "nearest", *arguments)
+    found = fewbit("quantize", str(model), str(directory / "out"), "--rounding", "nearest", *arguments)
     bound = 2 * layer_bytes(config) + 10**9
+    peak = found["peak_memory_bytes"]
     weights = round(8 * found["bytes"] / found["bits_per_weight"]["total"])
     return {
         "layers": config.num_hidden_layers,

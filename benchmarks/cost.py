@@ -87,7 +87,7 @@ def command(model: str, settings: tuple[str, ...]) -> list[str]:
 def foreseen(model: str, settings: tuple[str, ...]) -> dict[str, float]:
     """What the plan says beforehand: time and memory."""
     with tempfile.TemporaryDirectory(prefix="fewbit-cost-") as directory:
-        plan, _ = fewbit(*command(model, settings), str(Path(directory) / "out"), "--dry-run")
+        plan = fewbit(*command(model, settings), str(Path(directory) / "out"), "--dry-run")
     prediction: dict[str, float] = plan["prediction"]
     return prediction
 
@@ -97,12 +97,12 @@ def measured(model: str, settings: tuple[str, ...]) -> dict[str, Any]:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="fewbit-cost-") as directory:
         started = time.monotonic()
-        found, peak = fewbit(*command(model, settings), str(Path(directory) / "out"))
+        found = fewbit(*command(model, settings), str(Path(directory) / "out"))
         seconds = time.monotonic() - started
     return {
         "weights": open_source(reference_dir(model, seed=0)).weights(),
         "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": found["peak_memory_bytes"],
         "bits_per_weight": found["bits_per_weight"],
         "load_average_before": round(load, 2),
     }

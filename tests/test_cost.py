@@ -36,7 +36,5 @@ def test_calibrating_is_predicted_to_take_longer(import_benchmark):
     assert calibrated["peak_memory_bytes"] > nearest["peak_memory_bytes"]
 
 
-def test_a_process_s_answer_comes_with_its_memory(import_benchmark):
-    said, peak = import_benchmark("cost").fewbit("info")
-    assert said["fewbit"]
-    assert peak > 10**8
+def test_what_a_command_says_is_read(import_benchmark):
+    assert import_benchmark("cost").fewbit("info")["fewbit"]

@@ -7,7 +7,6 @@ under a temporary name and renamed at the end, and memory holds about one tensor
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from fewbit.math.rounding import CHUNK_WEIGHTS
 from fewbit.models import Experts, find_family
 from fewbit.pipeline.progress import Progress, Silent
 from fewbit.pipeline.workdir import locked
+from fewbit.resident import peak_resident_bytes
 
 SHARD_BYTES = 5_000_000_000
 
@@ -94,7 +94,7 @@ def export(
         files=len(files),
         notes=notes,
         seconds=round(time.monotonic() - started, 2),
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=peak_resident_bytes(),
     )
 
 

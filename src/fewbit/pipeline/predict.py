@@ -6,7 +6,6 @@ weights; memory is the largest set of tensors that exist at once. Both are estim
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from fewbit.pipeline.memory import activation_bytes, computed_again
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.tune import WINDOWS_PER_STEP
 from fewbit.pipeline.tune_layers import EPOCHS, LEARNED
+from fewbit.resident import resident_bytes
 
 SAMPLE_ROWS, SAMPLE_COLS = 256, 512
 SAMPLE_TOKENS, SAMPLE_SIDE = 1024, 2048
@@ -94,7 +94,7 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
         hessian = max((_factor_bytes(tensor) for tensor in plan.quantized), default=0)
     largest_layer = max(layers.values(), default=0)
     table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)
-    present = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    present = resident_bytes()
     if windows is not None and (plan.options["tune"] or plan.options["learn"]):
         # The whole model in float32, half of it once more beside it, and what a step keeps for the way back.
         whole = sum(4 * tensor.weights for tensor in plan.tensors)

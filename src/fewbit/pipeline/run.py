@@ -6,7 +6,6 @@ hidden states between layers are on disk, so a killed run continues where it sto
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +41,7 @@ from fewbit.pipeline.workdir import (
     open_work,
     remove_work,
 )
+from fewbit.resident import peak_resident_bytes
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _quantize(
     return QuantizeResult(
         output=str(output),
         seconds=round(time.monotonic() - started, 2),
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=peak_resident_bytes(),
         bits_per_weight=totals["bits_per_weight"],
         bytes=totals["bytes"],
         mean_relative_error=sum(errors) / len(errors) if errors else 0.0,
