@@ -46,6 +46,11 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run, tiny_models, tmp_path)
     assert plan["prediction"]["seconds"] > 0
     assert plan["prediction"]["peak_memory_bytes"] > plan["totals"]["bytes"]
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    code, _, stderr = run(*arguments)
+    assert code == 2
+    assert "--fresh" in stderr
+    assert run(*arguments, "--fresh")[0] == 0
 
 
 def test_inspect_lists_every_tensor_and_agrees_with_its_json(run, checkpoint):

@@ -112,11 +112,10 @@ def _show_plan(
     model: str, out: Path, options: QuantizeOptions, texts: list[str], placement: Placement, json_: bool
 ) -> None:
     from fewbit.pipeline.predict import predict
-    from fewbit.pipeline.run import prepare
-    from fewbit.pipeline.workdir import default_work
+    from fewbit.pipeline.run import preview
 
     with progress_bars() as bars:
-        prepared = prepare(model, options, texts, placement, placement.work or default_work(out), bars)
+        prepared = preview(model, out, options, texts, placement, bars)
     plan = prepared.plan
     prediction = predict(plan, prepared.windows)
     if json_:

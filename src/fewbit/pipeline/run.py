@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,35 @@ def quantize(
     directory appears only when everything in it is complete.
     """
     options, placement, progress = options or QuantizeOptions(), placement or Placement(), progress or Silent()
-    output = Path(output)
-    check_output(output, placement.fresh)
-    work = placement.work.resolve() if placement.work else default_work(output)
-    check_apart(work, output)
+    work = _checked_work(output, placement)
     with locked(work):
-        return _quantize(model, output, options, calibration, placement, work, progress)
+        return _quantize(model, Path(output), options, calibration, placement, work, progress)
+
+
+def preview(
+    model: str | Path,
+    output: str | Path,
+    options: QuantizeOptions,
+    calibration: Sequence[CalibrationText | str | Path] = (),
+    placement: Placement | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """What `quantize` would do with the same arguments, and the same errors where it would refuse the output.
+
+    Nothing is written, except sensitivities in the work directory where the bits follow from them.
+    """
+    placement = placement or Placement()
+    work = _checked_work(output, placement)
+    with locked(work) if options.allocates else nullcontext():
+        return prepare(model, options, calibration, placement, work, progress)
+
+
+def _checked_work(output: str | Path, placement: Placement) -> Path:
+    """The work directory of a run that may write `output`."""
+    check_output(Path(output), placement.fresh)
+    work = placement.work.resolve() if placement.work else default_work(Path(output))
+    check_apart(work, Path(output))
+    return work
 
 
 def _quantize(
