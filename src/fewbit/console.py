@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from fewbit.errors import UsageError
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
+SECONDS_BETWEEN_LINES = 60
 
 
 def print_json(data: Any) -> None:
@@ -104,12 +106,13 @@ def bits_table(plan: Any) -> Table:
 
 
 class BarProgress:
-    """Draws a bar per stage, and a line per tensor when asked for."""
+    """Draws a bar per stage, and a line per tensor when asked for; in a file, without bars, a line a minute."""
 
     def __init__(self, bar: RichProgress, lines: bool) -> None:
         self._bar = bar
         self._lines = lines
         self._task: Any = None
+        self._told = time.monotonic()
 
     def stage(self, title: str, total: int) -> None:
         if self._task is not None:
@@ -119,6 +122,7 @@ class BarProgress:
     def advance(self, steps: int = 1) -> None:
         if self._task is not None:
             self._bar.advance(self._task, steps)
+            self._tell()
 
     def tensor(self, record: dict[str, Any]) -> None:
         if self._lines:
@@ -144,8 +148,18 @@ class BarProgress:
             if done == 0:
                 self.stage(title, total)
             self._bar.update(self._task, completed=done, total=total)
+            self._tell()
 
         return update
+
+    def _tell(self) -> None:
+        """How far the stage is, in words, where nobody sees its bar."""
+        now = time.monotonic()
+        if self._bar.console.is_terminal or now < self._told + SECONDS_BETWEEN_LINES:
+            return
+        self._told = now
+        task = next(task for task in self._bar.tasks if task.id == self._task)
+        self._bar.console.print(f"{task.description}: {task.completed:.0f} of {task.total:.0f}", soft_wrap=True)
 
 
 @contextmanager
