@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
+import fewbit.resident as resident
 from fewbit.resident import peak_resident_bytes, resident_bytes
 
 LARGE = 256 << 20
@@ -27,3 +29,11 @@ def test_the_memory_of_the_process_that_started_this_one_does_not_count():
     child = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     assert 0 < child < LARGE < peak_resident_bytes()
     del large
+
+
+@pytest.mark.parametrize("status", [None, "Name:\tpython\n"], ids=["no file", "no such lines"])
+def test_where_the_system_tells_less_its_resource_usage_is_taken(status, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "_STATUS", tmp_path / "status")
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    assert resident_bytes() == peak_resident_bytes() > 10**7

@@ -30,7 +30,6 @@ from fewbit.loading import load, load_any
 from fewbit.math.hadamard import random_signs
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan
-from fewbit.pipeline.predict import predict
 from fewbit.pipeline.run import Placement, prepare, quantize
 from fewbit.report.record import errors_by_kind
 from fewbit.runtime.engine import Engine
@@ -109,17 +108,14 @@ def run_demo(out: Path, fresh: bool, quiet: bool, settings: DemoSettings | None 
     with stages.stage("fetch", "A model of 135 million weights and some text; kept in the cache for next time."):
         model, calibration, text = _fetch(settings)
     with stages.stage("plan", "What every tensor will be stored as, and what that weighs, before anything runs."):
-        paths = {code: out / code for code in (PRODUCT, *CONTROLS)}
-        prepared = {code: prepare(model, settings.options(code), calibration) for code in paths}
-        source, plan = prepared[PRODUCT].source, prepared[PRODUCT].plan
+        prepared = prepare(model, settings.options(PRODUCT), calibration)
+        source, plan = prepared.source, prepared.plan
         stderr.print(plan_table(plan))
-        missing = [prepared[code] for code, path in paths.items() if fresh or not path.exists()]
-        if missing:
-            seconds = sum(predict(found.plan, found.windows)["seconds"] for found in missing)
-            stderr.print(f"Predicted: {human_seconds(seconds)} on this machine to make {len(missing)} checkpoints")
+    paths = {code: out / code for code in (PRODUCT, *CONTROLS)}
     for code, path in paths.items():
         with stages.stage(f"quantize {code}", _QUANTIZE[code]):
-            _quantize(model, path, settings.options(code), calibration, fresh, prepared[code].plan)
+            wanted = prepare(model, settings.options(code), calibration).plan
+            _quantize(model, path, settings.options(code), calibration, fresh, wanted)
     with _no_loading_bars():
         full, tokenizer = load_any(model)
         models = {"full": full, **{code: load(path)[0] for code, path in paths.items()}}
