@@ -12,6 +12,7 @@ from fewbit.formats import get_format
 from fewbit.formats.base import InputStatistics, TensorSpec
 from fewbit.math.hadamard import pack_signs, random_signs, rotate
 from fewbit.math.inputs import quantized_inputs
+from fewbit.math.rounding import inverse_factor
 from fewbit.modules import FewbitLinear
 
 FORMAT = get_format("twinquant")
@@ -117,6 +118,24 @@ def test_the_branch_leaves_less_to_round():
 def test_feedback_loses_less_of_the_outputs_than_plain_rounding(rank, act_bits):
     spec = TensorSpec("twinquant", 4, 272, 256, 256, 64, rank, act_bits)
     assert _output_error(spec) < 0.8 * _output_error(spec, calibrated=False)
+
+
+def test_what_a_rounded_v_leaves_to_r_is_its_error_feedback():
+    """The factor of `[U x + noise, x]` is `[[D, -D U], [0, C]]`, so that rounding V changes R by `-dV U` and V not."""
+    cols, rank = 96, 16
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4 * cols, cols, generator=generator).double()
+    down = torch.randn(rank, cols, generator=generator).double()
+    noise = 0.5 + torch.rand(rank, generator=generator).double()
+    hessian = inputs.T @ inputs / inputs.shape[0]
+    across = down @ hessian
+    corner = across @ down.T + noise.diag()
+    joint = torch.cat([torch.cat([corner, across], 1), torch.cat([across.T, hessian], 1)])
+    found = inverse_factor(joint, 1e-9).double()
+    own = noise.rsqrt().diag()
+    expected = torch.cat([own, -own @ down], 1)
+    torch.testing.assert_close(found[:rank], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[rank:, rank:], inverse_factor(hessian, 1e-9).double(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("act_bits", [8, 16])

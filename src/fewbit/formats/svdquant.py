@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewbit.formats.base import Layout, TensorSpec, get_format, group_format, register
-from fewbit.formats.twinquant import Components, TwinQuant, both_spec
+from fewbit.formats.twinquant import Components, TwinQuant, residual_spec
 from fewbit.math.lowrank import leading_directions
 from fewbit.math.rounding import inverse_factor, quantize_rotated
 from fewbit.torch_later import torch
@@ -30,7 +30,7 @@ class SvdQuant(TwinQuant):
 
     def layout(self, spec: TensorSpec) -> Layout:
         return {
-            **get_format("int4").layout(_residual_spec(spec)),
+            **get_format("int4").layout(residual_spec(spec)),
             "down": ((spec.rank, spec.cols), "F16"),
             "up": ((spec.rows, spec.rank), "F16"),
             "shift": ((spec.cols,), "F16"),
@@ -53,16 +53,12 @@ class SvdQuant(TwinQuant):
             up = torch.linalg.solve(gram, (across @ matrix.T).double()).T.half()
         factor = None if hessian is None else inverse_factor(hessian, damping)
         residual = matrix - up.float() @ down.float()
-        parts = quantize_rotated(group_format("int4"), residual, _residual_spec(spec), factor).parts
+        parts = quantize_rotated(group_format("int4"), residual, residual_spec(spec), factor).parts
         return {**parts, "down": down, "up": up}
 
     def components(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> Components:
-        residual = get_format("int4").dequantize(parts, _residual_spec(spec))
+        residual = get_format("int4").dequantize(parts, residual_spec(spec))
         return Components(residual, parts["up"].float(), parts["down"].float())
 
     def mean_outputs(self, found: Components, exact: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
         return found.residual @ quantized + found.up @ (found.down @ exact)
-
-
-def _residual_spec(spec: TensorSpec) -> TensorSpec:
-    return both_spec(replace(spec, rank=0))

@@ -86,8 +86,8 @@ class TwinQuant(Format):
     def quantize(
         self, weight: Rows, spec: TensorSpec, signs: torch.Tensor | None, calibration: dict[str, torch.Tensor]
     ) -> Quantized:
-        """See `Format.quantize`. Error feedback runs over V first and then over R, with the second moment of
-        `[h, x]`, so that R repays what the rounding of U and V lost. Runs on one thread, because its sums decide codes
+        """See `Format.quantize`. R is what the rounded U and V leave of the weight, rounded with error feedback, so it
+        repays what their rounding lost. Runs on one thread, because its sums decide codes
         and the bytes must not depend on the number of threads; processes share the work among them."""
         with one_thread():
             return self._quantize(weight, spec, signs, calibration)
@@ -125,7 +125,7 @@ class TwinQuant(Format):
         if not spec.rank:
             return quantize_rotated(int4, matrix, both_spec(spec), factor).parts
         if hessian is None:
-            # Inputs of which nothing is known are as good as white; feedback then only repays U's and V's rounding.
+            # Inputs of which nothing is known are as good as white.
             hessian = torch.eye(spec.cols)
         directions = calibration.get("directions")
         if directions is None:
@@ -135,13 +135,13 @@ class TwinQuant(Format):
         noise = self._branch_noise(calibration.get("held"), hessian, down, spec)
         price = 1.0 if factor is None else float((1.0 / factor.diagonal().double().square()).mean())
         up = fitted_up(matrix, down, noise, GAUSSIAN_ERROR * price)
-        joint = inverse_factor(_joint_moment(hessian, down, noise), damping)
-        both = quantize_rotated(int4, torch.cat([up, matrix - up @ down], 1), both_spec(spec), joint).parts
-        # V came first; it is stored behind R.
-        width, groups = 8 * spec.rank, spec.rank // spec.group
-        both["codes"] = torch.cat([both["codes"][:, width:], both["codes"][:, :width]], 1)
-        both["scales"] = torch.cat([both["scales"][:, groups:], both["scales"][:, :groups]], 1)
-        return {**both, **parts}
+        # R is what the rounded V leaves. That is V's error feedback: h is `U x` and noise that x knows nothing of, so
+        # in the factor of `[h, x]` the columns of V meet each other nowhere, and those of R by U.
+        scale = int4.tensor_scale(torch.cat([up, matrix - up @ down], 1), both_spec(spec))
+        branch = quantize_rotated(int4, up, up_spec(spec), None, scale)
+        rest = quantize_rotated(int4, matrix - branch.values @ down, residual_spec(spec), factor, scale)
+        both = {name: torch.cat([rest.parts[name], branch.parts[name]], 1) for name in ("codes", "scales")}
+        return {**both, "scale": rest.parts["scale"], **parts}
 
     def _branch_noise(
         self, held: torch.Tensor | None, hessian: torch.Tensor, down: torch.Tensor, spec: TensorSpec
@@ -173,17 +173,19 @@ class TwinQuant(Format):
         return found.residual + found.up @ found.down if spec.rank else found.residual
 
 
-def _joint_moment(hessian: torch.Tensor, down: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The second moment of `[h, x]`, float32 `[r + K, r + K]`: h is `U x` and noise that x knows nothing of."""
-    across = down @ hessian
-    inner = across @ down.T
-    inner.diagonal().add_(noise)
-    return torch.cat([torch.cat([inner, across], 1), torch.cat([across.T, hessian], 1)])
-
-
 def both_spec(spec: TensorSpec) -> TensorSpec:
     """The storage of `[R, V]` as an int4 matrix."""
     return TensorSpec("int4", spec.bits, spec.rows, spec.cols + spec.rank, 1, spec.group)
+
+
+def residual_spec(spec: TensorSpec) -> TensorSpec:
+    """The storage of R alone as an int4 matrix."""
+    return TensorSpec("int4", spec.bits, spec.rows, spec.cols, 1, spec.group)
+
+
+def up_spec(spec: TensorSpec) -> TensorSpec:
+    """The storage of V alone as an int4 matrix."""
+    return TensorSpec("int4", spec.bits, spec.rows, spec.rank, 1, spec.group)
 
 
 def down_spec(spec: TensorSpec) -> TensorSpec:

@@ -121,8 +121,11 @@ def _invert_lower(matrix: torch.Tensor) -> torch.Tensor:
         stop = min(start + PANEL, matrix.shape[0])
         block = matrix[start:stop, start:stop].double()
         inverse = torch.linalg.solve_triangular(block, torch.eye(stop - start, dtype=block.dtype), upper=False).float()
-        if start:
-            matrix[start:stop, :start] = -inverse @ (matrix[start:stop, :start] @ matrix[:start, :start])
+        rows = matrix[start:stop, :start].clone()
+        for left in range(0, start, WIDE_PANEL):
+            right = min(left + WIDE_PANEL, start)
+            product = rows[:, left:] @ matrix[left:start, left:right]
+            matrix[start:stop, left:right] = -inverse @ product
         matrix[start:stop, start:stop] = inverse
     return matrix
 
