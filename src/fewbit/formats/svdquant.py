@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewbit.formats.base import Layout, TensorSpec, get_format, group_format, register
+from fewbit.formats.base import InputStatistics, Layout, TensorSpec, get_format, group_format, register
 from fewbit.formats.twinquant import Components, TwinQuant, residual_spec
 from fewbit.math.lowrank import leading_directions
-from fewbit.math.rounding import inverse_factor, quantize_rotated
+from fewbit.math.rounding import quantize_rotated
 from fewbit.torch_later import torch
 
 
@@ -37,6 +37,9 @@ class SvdQuant(TwinQuant):
             "offset": ((spec.rows,), "F32"),
         }
 
+    def calibration(self, inputs: InputStatistics, damping: float) -> dict[str, torch.Tensor]:
+        return {**super().calibration(inputs, damping), "damping": torch.tensor([damping])}
+
     def encode(
         self, matrix: torch.Tensor, spec: TensorSpec, calibration: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -51,9 +54,8 @@ class SvdQuant(TwinQuant):
             across = down.float() @ moment
             gram = (across @ down.float().T).double()
             up = torch.linalg.solve(gram, (across @ matrix.T).double()).T.half()
-        factor = None if hessian is None else inverse_factor(hessian, damping)
         residual = matrix - up.float() @ down.float()
-        parts = quantize_rotated(group_format("int4"), residual, residual_spec(spec), factor).parts
+        parts = quantize_rotated(group_format("int4"), residual, residual_spec(spec), calibration.get("factor")).parts
         return {**parts, "down": down, "up": up}
 
     def components(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> Components:

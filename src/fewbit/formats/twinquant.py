@@ -24,7 +24,6 @@ ACT_BITS = (4, 8, 16)
 DOWN = "down_"
 GAUSSIAN_ERROR = 0.0093  # of int4 in groups of 128, relative to the energy
 GAUSSIAN_INPUT_ERROR = {4: 0.0106, 8: 4e-5, 16: 0.0}  # the same of inputs, by their bits
-USUAL_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ class TwinQuant(Format):
         assert inputs.mean_quantized is not None
         return {
             "hessian": inputs.hessian,
+            "factor": inverse_factor(inputs.hessian, damping),
             "held": inputs.held,
             "shift": inputs.shift.half(),
             "mean": inputs.mean,
             "mean_quantized": inputs.mean_quantized,
-            "damping": torch.tensor([damping]),
         }
 
     def quantize(
@@ -119,9 +118,7 @@ class TwinQuant(Format):
     ) -> dict[str, torch.Tensor]:
         """The integer parts of a rotated matrix float32 `[N, K]`."""
         int4 = group_format("int4")
-        damping = float(calibration.get("damping", torch.tensor(USUAL_DAMPING)))
-        hessian = calibration.get("hessian")
-        factor = None if hessian is None else inverse_factor(hessian, damping)
+        hessian, factor = calibration.get("hessian"), calibration.get("factor")
         if not spec.rank:
             return quantize_rotated(int4, matrix, both_spec(spec), factor).parts
         if hessian is None:
