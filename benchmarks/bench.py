@@ -85,7 +85,7 @@ STEPS = (
     Step("big.py", quantizes=True),
     Step("cost.py", quantizes=True),
     Step("quality.py", ("--model", LARGE, "--peers"), quantizes=True),
-    Step("twinquant.py", ("--model", LARGE), quantizes=True),
+    Step("twinquant.py", ("--model", LARGE, "--calib-tokens", "32768"), quantizes=True),
 )
 
 

@@ -429,6 +429,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-genres": partial(genres, "smollm2-135m", "SmolLM2-135M"),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
     "twinquant-smollm2": partial(twinquant, "smollm2-135m", "SmolLM2-135M"),
+    "twinquant-qwen": partial(twinquant, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
     "twinquant-ranks": partial(ranks, "smollm2-135m", "SmolLM2-135M"),
     "blocks": blocks,
     "context": context,
