@@ -183,7 +183,7 @@ def test_a_matrix_taken_in_chunks_of_rows_gives_the_same_bytes(name, bits, feedb
     assert lost / energy == pytest.approx(chunked.relative_error, rel=1e-3)
 
 
-@pytest.mark.parametrize("size", [70, 256, 300, 2400])
+@pytest.mark.parametrize("size", [70, 256, 300, 600, 2400])
 def test_the_blocked_factor_is_that_of_float64(size):
     hessian = _hessian(size)
     hessian[[3, size - 1], :] = 0

@@ -3,8 +3,8 @@
 The residual stream's rotation and those of the heads' values move on the Stiefel manifold, the factor between the two
 parts of each branch on the general linear group (`G = P S`), and the scales of inputs, positive numbers, by their
 logarithms; all of them jointly. The loss is KL(full || quantized) from end to end, with weights, branches and inputs
-rounded to nearest as the format does and gradients passed straight through. What is learned goes into the transform
-and, for the branches, into the rows of U that rounding starts from.
+rounded to nearest as the format does; gradients pass the integers and move the scales. What is learned goes into the
+transform and, for the branches, into the rows of U that rounding starts from.
 """
 
 from __future__ import annotations
