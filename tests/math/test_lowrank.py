@@ -60,7 +60,7 @@ def test_spreading_is_orthogonal_and_leaves_no_large_entry(size):
 def test_balanced_axes_spread_h_evenly_and_lose_less_than_those_of_the_svd():
     weight, moment = _random(80, 128), _moment(128)
     directions = leading_directions(weight, 32, None, "svd")
-    turned = balanced(directions, moment)
+    turned = balanced(directions, directions @ moment @ directions.T, float(moment.diagonal().mean()))
 
     def energy_and_noise(down: torch.Tensor) -> tuple[torch.Tensor, float]:
         energy = ((down @ moment) * down).sum(1)

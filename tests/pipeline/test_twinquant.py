@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from fewbit.checkpoint.source import open_source
 from fewbit.errors import UsageError
 from fewbit.formats import get_format
 from fewbit.loading import load
-from fewbit.math.hadamard import pack_signs
-from fewbit.math.manifolds import MOST_CONDITION
+from fewbit.math.hadamard import pack_signs, rotate
+from fewbit.math.manifolds import MOST_CONDITION, Invertible
 from fewbit.models import get_family
 from fewbit.modules import FewbitLinear
 from fewbit.pipeline.calibrate import LayerStream
 from fewbit.pipeline.gains import with_gains
 from fewbit.pipeline.jobs import Shard, tensor_signs
+from fewbit.pipeline.learn import LearnedLinear
 from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
 from fewbit.pipeline.plan import PlannedTensor
 from fewbit.pipeline.progress import Silent
@@ -168,6 +170,22 @@ def test_learning_gains_keeps_rotations_orthogonal_and_leaves_an_equivalent_mode
     model, _ = load(tmp_path / "out", torch.float32)
     assert model.model.norm.rotation.shape == (288, 288)
     assert distance(tied_dir, tmp_path / "out", calibration_text) < 0.3
+
+
+def test_a_learned_branch_begins_on_axes_that_spread_h_evenly():
+    generator = torch.Generator().manual_seed(7)
+    fmt = get_format("twinquant")
+    spec = fmt.spec(512, 512, 4, rank=128, act_bits=4)
+    tensor = PlannedTensor("layer.weight", (512, 512), "body", 0, spec, "0.0")
+    linear = LearnedLinear(tensor, torch.randn(512, 512, generator=generator), None)
+    linear.axes = SimpleNamespace(columns=lambda matrix, name: matrix, outputs=lambda matrix, name: matrix)
+    linear.begin_branch(Invertible(128))
+    mixed = torch.randn(512, 512, generator=generator) * torch.logspace(0, -2, 512)
+    x = torch.randn(1, 4096, 512, generator=generator) @ mixed.T
+    linear(x)
+    h = (rotate(x[0] - x[0].mean(0), linear.signs, spec.block) @ linear.down().T).detach()
+    energy = h.square().mean(0)
+    assert energy.max() < 1.5 * energy.min()
 
 
 @pytest.mark.parametrize("rank", [0, 30])

@@ -126,7 +126,9 @@ class TwinQuant(Format):
             hessian = torch.eye(spec.cols)
         directions = calibration.get("directions")
         if directions is None:
-            directions = balanced(leading_directions(matrix, spec.rank, hessian, "svd"), hessian)
+            leading = leading_directions(matrix, spec.rank, hessian, "svd")
+            moment = leading.double() @ hessian.double() @ leading.double().T
+            directions = balanced(leading, moment, float(hessian.diagonal().double().mean()))
         rounded = quantize_rotated(int4, directions, down_spec(spec), factor)
         down, parts = rounded.values, {DOWN + name: part for name, part in rounded.parts.items()}
         noise = self._branch_noise(calibration.get("held"), hessian, down, spec)

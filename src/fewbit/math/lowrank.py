@@ -49,20 +49,21 @@ def _root(hessian: torch.Tensor) -> torch.Tensor:
     return (vectors * values.sqrt()) @ vectors.T
 
 
-def balanced(down: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """`G U` for `down = U [r, K]`, float32: the axes of h on which rounding it costs least.
+def balanced(down: torch.Tensor, moment: torch.Tensor, level: float) -> torch.Tensor:
+    """`G U` for `down = U [r, K]`, float32: the axes of h, of second moment `moment [r, r]`, on which rounding it costs
+    least.
 
     Rounding noise has one size within a group of h, as large as the group's mean energy. With the second moment
     `P diag(l) P'` of h and V as it follows, the noise of the output is least for `G = O diag(l)^-1/4 P'`, where `O`,
-    orthogonal, spreads the energy evenly (here a Walsh-Hadamard matrix). h gets the mean energy of the inputs.
+    orthogonal, spreads the energy evenly (here a Walsh-Hadamard matrix). h gets the mean energy `level`, best that
+    of the inputs.
     """
     rank = down.shape[0]
-    moment = down.double() @ hessian.double() @ down.double().T
+    moment = moment.double()
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp_min(max(float(values[-1]) * SMALLEST_SHARE, 1e-30))
     turned = spreading(rank) @ (values**-0.25)[:, None].mul(vectors.T)
     energy = float((turned @ moment * turned).sum()) / rank
-    level = float(hessian.diagonal().double().mean())
     return ((level / max(energy, 1e-30)) ** 0.5 * turned @ down.double()).float()
 
 

@@ -37,9 +37,9 @@ from fewbit.pipeline.teacher import Divergence, Teacher
 
 WINDOWS_PER_STEP = 2
 HELD_BATCHES = 4
-CHECK_EVERY = 16
+CHECK_EVERY = 8
 WEIGHT_COPIES = 8  # of a weight that a step keeps for the way back
-RATES = {"residual": 1e-3, "values": 1e-3, "gains": 1e-2, "scales": 1e-2, "branches": 2e-3}
+RATES = {"residual": 5e-4, "values": 5e-4, "gains": 5e-3, "scales": 5e-3, "branches": 1e-3}
 STATE = "learning.safetensors"
 REPORT = "learning.json"
 
@@ -108,31 +108,45 @@ class LearnedLinear(nn.Module):
     """
 
     def __init__(
-        self, tensor: PlannedTensor, weight: torch.Tensor, bias: torch.Tensor | None, center: bool = True
+        self,
+        tensor: PlannedTensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        center: bool = True,
+        behind_norm: bool = False,
     ) -> None:
         super().__init__()
         assert tensor.spec is not None
         self.center = center
         self.name = tensor.module
+        self.shared_input = tensor.shared_input
+        self.behind_norm = behind_norm
         self.spec: TensorSpec = tensor.spec
         self.signs = tensor_signs(tensor)
         self.weight = weight
         self.bias = bias
         self.axes: EquivalentSource
+        self.onto: torch.Tensor | None = None  # the map `[K, K]` to the axes of the moment, for inputs that share it
+        self.directions: torch.Tensor
         self.start: torch.Tensor | None = None
         self.factor: Any = None
 
     def _rotated(self, columns: torch.Tensor) -> torch.Tensor:
         return columns if self.signs is None else rotate(columns, self.signs, self.spec.block)
 
+    def map_onto(self) -> torch.Tensor:
+        """What brings a row to the axes of the moment, `[K, K]`."""
+        return self._rotated(self.axes.columns(torch.eye(self.spec.cols), self.name))
+
     def moved(self) -> torch.Tensor:
         """The weight `[N, K]` on the axes of the moment."""
+        if self.onto is not None:
+            return self.axes.outputs(self.weight @ self.onto, self.name)
         return self.axes.outputs(self._rotated(self.axes.columns(self.weight, self.name)), self.name)
 
     def begin_branch(self, factor: nn.Module) -> None:
-        """Take the leading directions of the weight as it is now, on axes that spread h evenly."""
-        directions = leading_directions(self.moved(), self.spec.rank, None, "svd")
-        self.start = balanced(directions, torch.eye(self.spec.cols))
+        """Take the leading directions of the weight as it is now; the first inputs to come decide on their axes."""
+        self.directions = leading_directions(self.moved(), self.spec.rank, None, "svd")
         # Registered where everything is that is learned.
         object.__setattr__(self, "factor", factor)
 
@@ -141,13 +155,23 @@ class LearnedLinear(nn.Module):
         with full_precision():
             return self.factor() @ self.start
 
+    def _balance(self, seen: torch.Tensor) -> None:
+        """Begin on the axes of h where its rounding costs least, by the rows of `seen` inputs and one that is white."""
+        with torch.no_grad():
+            rows = seen.flatten(0, -2).float()
+            h, energy = rows @ self.directions.T, float(rows.square().mean())
+            moment = h.T @ h + energy * self.directions @ self.directions.T
+            self.start = balanced(self.directions, moment / (rows.shape[0] + 1), energy)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group, act_bits = self.spec.group, self.spec.act_bits
         weight = self.moved()
         mean = x.detach().flatten(0, -2).mean(0) * self.center
         seen = straight_through(self._rotated(x - mean), group, act_bits)
         y, residual = self._rotated(mean) @ weight.T, weight
-        if self.start is not None:
+        if self.factor is not None:
+            if self.start is None:
+                self._balance(seen)
             down = straight_through(self.down(), group, 4)
             with full_precision():
                 fitted = torch.linalg.solve(down @ down.T, down @ weight.float().T).T
@@ -207,8 +231,9 @@ class Learner:
                 continue
             linear: Any = model.get_submodule(tensor.module)
             bias = None if linear.bias is None else self.source.tensor(f"{tensor.module}.bias")
+            norm = self.family.inputs[int(tensor.shared_input.split(".")[1])].norm
             self.linears[tensor.module] = LearnedLinear(
-                tensor, self.source.tensor(tensor.name), bias, bool(self.plan.options["center"])
+                tensor, self.source.tensor(tensor.name), bias, bool(self.plan.options["center"]), norm is not None
             )
             model.set_submodule(tensor.module, self.linears[tensor.module])
         for part in (*(f"{self.family.layers}.{index}" for index in range(len(self.stream))), self.family.final_norm):
@@ -229,6 +254,7 @@ class Learner:
             self.axes.branches[_key(linear.name)] = factor
             linear.begin_branch(factor)
             self.progress.advance()
+        self._loss(0)
 
     def _find_routers(self) -> None:
         """Matrices that read the residual stream and are not rounded have to follow it."""
@@ -241,10 +267,17 @@ class Learner:
                         _set_weight(self.stream.model.get_submodule(name), self.routers[name])
 
     def _move(self) -> torch.Tensor:
-        """Put the axes of the moment into the model; the residual stream's rotation."""
-        live = self.axes.equivalent()
+        """Put the axes of the moment into the model; the residual stream's rotation.
+
+        All that happens to inputs behind a norm is one matrix, which takes a single product with the weight where its
+        factors would go over it one by one. It is made here, as layers may be computed twice.
+        """
+        live, maps = self.axes.equivalent(), dict[str, torch.Tensor]()
         for linear in self.linears.values():
             linear.axes = live
+            if linear.behind_norm and linear.shared_input not in maps:
+                maps[linear.shared_input] = linear.map_onto()
+            linear.onto = maps.get(linear.shared_input)
         for name in self.axes.start.gains:
             _set_weight(self.stream.model.get_submodule(name), live.gain(name))
         for name, weight in self.routers.items():

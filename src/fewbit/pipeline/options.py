@@ -42,7 +42,7 @@ TUNED_WEIGHTS = 2_000_000_000  # models up to here are tuned unless asked otherw
 TRIAL_TOKENS = 8192
 LEAST_STEPS, MOST_STEPS = 24, 320
 LEAST_LEARNED, MOST_LEARNED = 16, 160
-LEARNED_WEIGHTS = 1.3e10  # steps times weights that learning takes by default: 80 steps for 163 M weights
+LEARNED_WEIGHTS = 5.2e9  # steps times weights that learning takes by default: 32 steps for 163 M weights
 STEP_WEIGHTS = 2.2e10  # steps times weights that tuning takes by default: 160 steps for 135 M weights
 
 
