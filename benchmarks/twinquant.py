@@ -25,6 +25,7 @@ from fewbit.environment import environment
 from fewbit.evaluate import evaluate_many
 from fewbit.loading import load
 from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
+from fewbit.pipeline.progress import Silent
 from fewbit.pipeline.run import quantize
 
 BASE = QuantizeOptions(format="twinquant", head="bf16")
@@ -46,14 +47,34 @@ STEPS = {
 ROWS = {f"W4A{bits} {name}": replace(options, act_bits=bits) for bits in (4, 8, 16) for name, options in STEPS.items()}
 
 
+class Stages(Silent):
+    """Notes how long each stage of a run takes, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._title = ""
+        self._since = 0.0
+
+    def stage(self, title: str, total: int) -> None:
+        self.end()
+        self._title, self._since = title, time.monotonic()
+
+    def end(self) -> None:
+        if self._title:
+            took = self.seconds.get(self._title, 0.0) + time.monotonic() - self._since
+            self.seconds[self._title] = round(took, 1)
+
+
 def measure(
     reference: Path, options: QuantizeOptions, text: str, settings: dict[str, int], work: Path
 ) -> dict[str, Any]:
     """Quantize and evaluate one row."""
     output = work / "checkpoint"
     if not output.exists():
-        result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION])
-        (output / "result.json").write_text(json.dumps(result.to_json()))
+        stages = Stages()
+        result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION], None, stages)
+        stages.end()
+        (output / "result.json").write_text(json.dumps({**result.to_json(), "stage_seconds": stages.seconds}))
     result = json.loads((output / "result.json").read_text())
     started = time.monotonic()
     full = kept_logits(reference, text, **settings)
@@ -64,8 +85,9 @@ def measure(
     row, base = scores["row"], scores["full"]
     return {
         "options": asdict(options),
-        **{key: result[key] for key in ("bits_per_weight", "bytes", "peak_memory_bytes", "mean_relative_error")},
+        **{key: result[key] for key in ("bits_per_weight", "bytes", "mean_relative_error")},
         "quantize_seconds": result["seconds"],
+        "stage_seconds": result["stage_seconds"],
         "resumed_tensors": result["resumed_tensors"],
         "learning": learning,
         "evaluate_seconds": round(time.monotonic() - started, 1),

@@ -37,7 +37,7 @@ from fewbit.pipeline.teacher import Divergence, Teacher
 
 WINDOWS_PER_STEP = 2
 HELD_BATCHES = 4
-CHECK_EVERY = 8
+CHECK_EVERY = 16
 WEIGHT_COPIES = 8  # of a weight that a step keeps for the way back
 RATES = {"residual": 5e-4, "values": 5e-4, "gains": 5e-3, "scales": 5e-3, "branches": 1e-3}
 STATE = "learning.safetensors"
@@ -104,7 +104,8 @@ class LearnedLinear(nn.Module):
     """A linear whose weight and inputs are quantized on axes that are learned; `[..., K]` to `[..., N]`.
 
     `weight [N, K]` and `bias [N]` are the source's. A branch has `U = G start` on the axes of the moment, and V takes
-    what U can give, so that `V U` does not depend on G but for rounding.
+    what U can give, so that `V U` does not depend on G but for rounding. `start` is on axes of h that suit the first
+    inputs to come. `behind_norm` says that nothing but one map `[K, K]` happens to the weight's columns.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class LearnedLinear(nn.Module):
         self.bias = bias
         self.axes: EquivalentSource
         self.onto: torch.Tensor | None = None  # the map `[K, K]` to the axes of the moment, for inputs that share it
-        self.directions: torch.Tensor
         self.start: torch.Tensor | None = None
+        self.balanced = False
         self.factor: Any = None
 
     def _rotated(self, columns: torch.Tensor) -> torch.Tensor:
@@ -146,7 +147,7 @@ class LearnedLinear(nn.Module):
 
     def begin_branch(self, factor: nn.Module) -> None:
         """Take the leading directions of the weight as it is now; the first inputs to come decide on their axes."""
-        self.directions = leading_directions(self.moved(), self.spec.rank, None, "svd")
+        self.start = leading_directions(self.moved(), self.spec.rank, None, "svd")
         # Registered where everything is that is learned.
         object.__setattr__(self, "factor", factor)
 
@@ -155,13 +156,13 @@ class LearnedLinear(nn.Module):
         with full_precision():
             return self.factor() @ self.start
 
-    def _balance(self, seen: torch.Tensor) -> None:
+    @torch.no_grad()
+    def _balance(self, start: torch.Tensor, seen: torch.Tensor) -> None:
         """Begin on the axes of h where its rounding costs least, by the rows of `seen` inputs and one that is white."""
-        with torch.no_grad():
-            rows = seen.flatten(0, -2).float()
-            h, energy = rows @ self.directions.T, float(rows.square().mean())
-            moment = h.T @ h + energy * self.directions @ self.directions.T
-            self.start = balanced(self.directions, moment / (rows.shape[0] + 1), energy)
+        rows = seen.flatten(0, -2).float()
+        h, energy = rows @ start.T, float(rows.square().mean())
+        moment = h.T @ h + energy * start @ start.T
+        self.start, self.balanced = balanced(start, moment / (rows.shape[0] + 1), energy), True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group, act_bits = self.spec.group, self.spec.act_bits
@@ -169,9 +170,9 @@ class LearnedLinear(nn.Module):
         mean = x.detach().flatten(0, -2).mean(0) * self.center
         seen = straight_through(self._rotated(x - mean), group, act_bits)
         y, residual = self._rotated(mean) @ weight.T, weight
-        if self.factor is not None:
-            if self.start is None:
-                self._balance(seen)
+        if self.start is not None:
+            if not self.balanced:
+                self._balance(self.start, seen)
             down = straight_through(self.down(), group, 4)
             with full_precision():
                 fitted = torch.linalg.solve(down @ down.T, down @ weight.float().T).T
@@ -254,6 +255,7 @@ class Learner:
             self.axes.branches[_key(linear.name)] = factor
             linear.begin_branch(factor)
             self.progress.advance()
+        # Branches begin on the axes that suit the first inputs to come: always these, however often a run is resumed.
         self._loss(0)
 
     def _find_routers(self) -> None:
@@ -345,7 +347,7 @@ class Learner:
         found = self.axes.transform()
         assert found.residual is not None
         left, _, right = torch.linalg.svd(found.residual.double())
-        branches = {name: linear.down() for name, linear in self.linears.items() if linear.start is not None}
+        branches = {name: linear.down() for name, linear in self.linears.items() if linear.balanced}
         write_tensors(self.work / BRANCHES, branches)
         Transform(left @ right, found.gains, found.scales, found.values).save(self.work / TRANSFORM)
 
