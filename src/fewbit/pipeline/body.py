@@ -88,12 +88,11 @@ class Body:
 
     def _groups(self, index: int) -> list[list[Group]]:
         """The layer's groups in the order of the family's inputs; the experts of a mixture are measured together."""
-        stages: dict[str, dict[str, Group]] = {}
+        stages: dict[int, dict[str, Group]] = {}
         for tensor in self.plan.quantized:
             if tensor.kind == "body" and tensor.layer == index:
-                stage = ".".join(tensor.shared_input.split(".")[:2])
-                stages.setdefault(stage, {}).setdefault(tensor.shared_input, []).append(tensor)
-        return [list(stages[stage].values()) for stage in sorted(stages, key=lambda name: int(name.split(".")[1]))]
+                stages.setdefault(tensor.input_number, {}).setdefault(tensor.shared_input, []).append(tensor)
+        return [list(stages[number].values()) for number in sorted(stages)]
 
     def _module(self, tensor: PlannedTensor) -> nn.Module:
         return self.stream.model.get_submodule(tensor.module)
@@ -122,7 +121,7 @@ class Body:
         self._rounded.clear()
 
     def _shared(self, group: Group) -> SharedInput:
-        return self.stream.family.inputs[int(group[0].shared_input.split(".")[1])]
+        return self.stream.family.inputs[group[0].input_number]
 
     def _ends_block(self, groups: list[Group]) -> bool:
         """Whether the stage is one linear whose output is that of the attention, or of the feed-forward block."""

@@ -120,7 +120,7 @@ class LearnedLinear(nn.Module):
         assert tensor.spec is not None
         self.center = center
         self.name = tensor.module
-        self.shared_input = tensor.shared_input
+        self.unit = tensor.unit
         self.behind_norm = behind_norm
         self.spec: TensorSpec = tensor.spec
         self.signs = tensor_signs(tensor)
@@ -232,7 +232,7 @@ class Learner:
                 continue
             linear: Any = model.get_submodule(tensor.module)
             bias = None if linear.bias is None else self.source.tensor(f"{tensor.module}.bias")
-            norm = self.family.inputs[int(tensor.shared_input.split(".")[1])].norm
+            norm = self.family.inputs[tensor.input_number].norm
             self.linears[tensor.module] = LearnedLinear(
                 tensor, self.source.tensor(tensor.name), bias, bool(self.plan.options["center"]), norm is not None
             )
@@ -277,9 +277,9 @@ class Learner:
         live, maps = self.axes.equivalent(), dict[str, torch.Tensor]()
         for linear in self.linears.values():
             linear.axes = live
-            if linear.behind_norm and linear.shared_input not in maps:
-                maps[linear.shared_input] = linear.map_onto()
-            linear.onto = maps.get(linear.shared_input)
+            if linear.behind_norm and linear.unit not in maps:
+                maps[linear.unit] = linear.map_onto()
+            linear.onto = maps.get(linear.unit)
         for name in self.axes.start.gains:
             _set_weight(self.stream.model.get_submodule(name), live.gain(name))
         for name, weight in self.routers.items():

@@ -67,6 +67,11 @@ class PlannedTensor:
         return int(self.shared_input.partition(".")[0])
 
     @property
+    def input_number(self) -> int:
+        """Which of `Family.inputs` a tensor of the body reads."""
+        return int(self.shared_input.split(".")[1])
+
+    @property
     def unit(self) -> str:
         """What gets one number of bits together: the linears of one input in a layer, the head, the embeddings."""
         return ".".join(self.shared_input.split(".")[:2])
