@@ -28,6 +28,7 @@ SHORT = (
     "llama.cpp Q3_K_M + imatrix",
     "llama.cpp Q4_K_M + imatrix",
 )
+SHORT_UNTUNED = (*SHORT[:1], "trellis, no tuning", "trellis 4 bits, no tuning", *SHORT[3:])
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -154,7 +155,7 @@ def cost() -> str:
         lines.append([settings, model, f"{row['weights'] / 1e9:.2f}", *took, *both])
         machine = row["environment"]
         machines.append(f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores")
-    header = ["settings", "model", "G weights", "time", "peak memory", "predicted time", "predicted memory"]
+    header = ["settings", "model", "billion weights", "time", "peak memory", "predicted time", "predicted memory"]
     note = (
         f"\n3 bits, {report['calib_tokens']} calibration tokens where it calibrates; "
         f"{'; '.join(dict.fromkeys(machines))}. Made by `benchmarks/cost.py`, the 8B shape's measured figures by "
@@ -317,7 +318,7 @@ def end_to_end() -> str:
             ]
         )
     header = ["model", "program and type", "threads", "decode", f"prompt of {report['prompt_tokens']}"]
-    header += ["of the memory's speed", "one token, from start", "memory / file"]
+    header += ["share of memory bandwidth", "one token, from start", "memory / file"]
     reading = ", ".join(
         f"{rate / 1e9:.1f} GB/s with {threads} thread{'s' if threads != '1' else ''}"
         for threads, rate in report["read_bytes_per_second"].items()
@@ -427,6 +428,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, "smollm2-135m", "SmolLM2-135M"),
     "quality-smollm2-short": partial(quality, "smollm2-135m", "SmolLM2-135M", SHORT),
     "quality-genres": partial(genres, "smollm2-135m", "SmolLM2-135M"),
+    "quality-qwen-short": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B", SHORT_UNTUNED),
     "quality-qwen": partial(quality, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),
     "twinquant-smollm2": partial(twinquant, "smollm2-135m", "SmolLM2-135M"),
     "twinquant-qwen": partial(twinquant, "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B"),

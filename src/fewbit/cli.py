@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline.run import Placement
 
 app = typer.Typer(
-    help="Compress a language model's weights to 3 or 4 bits, measure what it cost, and run the result.",
+    help="Compress a language model's weights to 2, 3 or 4 bits, measure what it cost, and run the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

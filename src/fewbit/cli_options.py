@@ -30,7 +30,7 @@ ActBits = Annotated[int, typer.Option(help="Bits of the inputs: 4, 8 or 16.", ri
 Ablation = Annotated[
     str,
     typer.Option(
-        help="naive (rounding alone), low-rank (with a branch), hadamard (rotated too), full (the product).",
+        help="naive (rounding alone), low-rank (with a branch), hadamard (rotated too), full (everything).",
         rich_help_panel=TWIN,
     ),
 ]
@@ -78,7 +78,7 @@ Damping = Annotated[
 Tune = Annotated[
     bool | None,
     typer.Option(
-        help="Tune scales, norms and biases after rounding. Default: for models up to 2 G weights.",
+        help="Tune scales, norms and biases after rounding. Default: for models of up to 2 billion weights.",
         rich_help_panel=TUNING,
     ),
 ]

@@ -106,7 +106,7 @@ def bench(
     kv: o.Kv = "bf16",
     json_: o.Json = False,
 ) -> None:
-    """Measure the speed of prompts and of decoding, and how much of the memory's speed decoding reaches."""
+    """Measure the speed of prompts and of decoding, and the share of the memory's bandwidth that decoding reaches."""
     from fewbit.runtime import bench as measure
 
     settings = measure.BenchSettings(

@@ -54,7 +54,7 @@ class QuantizeOptions:
     decoder layers are stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the
     low-rank branch and `act_bits` the width of inputs. With `smooth`, scales that make inputs cheaper to quantize are
     folded into norms, up and value projections; with `center`, the mean of inputs is taken off before they are
-    quantized; with `learn` (None: for models up to 2 G weights) axes are learned before rounding, in at most
+    quantized; with `learn` (None: for models of up to 2 billion weights) axes are learned before rounding, in at most
     `learn_steps` steps (0: fewer for larger models).
 
     A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4 bits come to, chosen
@@ -68,7 +68,7 @@ class QuantizeOptions:
     bfloat16 where the processor is faster with it); hidden states and Hessians stay float32. `damping` is relative
     to the mean of the Hessian's diagonal ("auto": chosen per input on held-out tokens).
 
-    With `tune` (None: for models up to 2 G weights) scales, norms and biases follow the full model's predictions
+    With `tune` (None: for models of up to 2 billion weights) scales, norms and biases follow the full model's predictions
     after rounding, for at most `tune_steps` steps (0: fewer for larger models) at the rate `tune_rate`.
     """
 
