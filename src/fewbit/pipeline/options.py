@@ -68,8 +68,8 @@ class QuantizeOptions:
     bfloat16 where the processor is faster with it); hidden states and Hessians stay float32. `damping` is relative
     to the mean of the Hessian's diagonal ("auto": chosen per input on held-out tokens).
 
-    With `tune` (None: for models of up to 2 billion weights) scales, norms and biases follow the full model's predictions
-    after rounding, for at most `tune_steps` steps (0: fewer for larger models) at the rate `tune_rate`.
+    With `tune` (None: for models of up to 2 billion weights) scales, norms and biases follow the full model's
+    predictions after rounding, for at most `tune_steps` steps (0: fewer for larger models) at the rate `tune_rate`.
     """
 
     format: str = "itq3_s"
