@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from checkpoints import CALIBRATION
 from encode import commit
 from quantizers import linears
 from references import kept_logits, reference_dir
@@ -36,7 +37,6 @@ from fewbit.pipeline.texts import CalibrationText, calibration_windows
 OUTPUT = Path(__file__).resolve().parent / "results" / "blocks.json"
 BLOCKS = (1, 32, 64, 128, 256, 512)
 CODES = ("trellis", "ternary")
-CALIBRATION = ("c4.calib", "wiki.calib")
 WINDOW = 512
 DAMPING = 0.01
 WHOLE = "smollm2-135m"  # what is evaluated, and not only rounded

@@ -16,32 +16,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import made, work_dir
 from encode import commit
 from references import reference_dir
 
-from fewbit.assets import default_cache_dir, fetch_text
+from fewbit.assets import fetch_text
 from fewbit.checkpoint.source import open_source
 from fewbit.environment import environment
 from fewbit.evaluate import windows
 from fewbit.pipeline.options import QuantizeOptions
-from fewbit.pipeline.run import quantize
 from fewbit.runtime.batch import Batch
 from fewbit.runtime.decoder import KV_TYPES, open_decoder
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "context.json"
 TEXT = "austen.persuasion"
-CALIBRATION = ("c4.calib", "wiki.calib")
 OPTIONS = QuantizeOptions(tune=False)
 FIRST = 512  # positions of the first stretch; each further one is as long as all before it
 BLOCK = 256
 STEPS = 32
 
 
-def checkpoint(model: str) -> Path:
-    """The 3-bit form of the model, calibrated, made once."""
-    directory = default_cache_dir() / "context" / model
-    if not (directory / "fewbit.json").exists():
-        quantize(reference_dir(model, 0), directory, OPTIONS, [fetch_text(name) for name in CALIBRATION])
+def checkpoint(model: str, output: Path) -> Path:
+    """The 3-bit form of the model, calibrated, made once for a commit."""
+    directory = work_dir(f"{model} {commit()}", output)
+    made(reference_dir(model, 0), OPTIONS, directory)
     return directory
 
 
@@ -115,7 +113,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["perplexity", "speed"], help="measure this alone; what else is there stays")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    paths = {"bfloat16": reference_dir(arguments.model, 0), "itq3_s 3 bits": checkpoint(arguments.model)}
+    packed = checkpoint(arguments.model, arguments.output)
+    paths = {"bfloat16": reference_dir(arguments.model, 0), "itq3_s 3 bits": packed}
     tokenizer = open_source(paths["bfloat16"]).tokenizer()
     text = fetch_text(TEXT).read_text(encoding="utf-8")
     cuts = windows(tokenizer, text, arguments.context, arguments.context * arguments.windows)

@@ -29,7 +29,6 @@ from fewbit.ops.triton_launch import Launch, Rotation, Source
 RESULTS = Path(__file__).parent / "results" / "gpu-static.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
 COLS, ROWS, RANK = 4096, 4096, 128
 PRODUCTS = re.compile(r"^(IMMA|HMMA|IGMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|DMMA)")
 FLOAT = torch.bfloat16

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import python_peers
 import torch
+from checkpoints import CALIBRATION, made, work_dir
 from encode import commit
 from peers import PACKAGE, VERSION
 from python_peers import PYTHON_PEERS, PythonRecipe
@@ -32,10 +32,8 @@ from fewbit.evaluate import evaluate_many
 from fewbit.loading import load, load_any
 from fewbit.modules import FewbitLinear
 from fewbit.pipeline.options import QuantizeOptions
-from fewbit.pipeline.run import quantize
 
 RESULTS = Path(__file__).parent / "results"
-CALIBRATION = ("c4.calib", "wiki.calib")
 TEXTS = ("wiki.eval", "austen.persuasion")
 
 # Head and embeddings keep 16 bits in every row but one, so that rows differ in the decoder layers alone.
@@ -102,11 +100,7 @@ def measure(
 ) -> dict[str, Any]:
     """Quantize and evaluate one row in float32: decoded, as the peers are, and as kernels run it, if any do."""
     output = work / "checkpoint"
-    if not output.exists():
-        # A run that was cut off goes on where it was.
-        result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION])
-        (output / "result.json").write_text(json.dumps(result.to_json()))
-    result = json.loads((output / "result.json").read_text())
+    result = made(reference, options, output)
     started = time.monotonic()
     row_model, tokenizer = load(output, torch.float32)
     models = {"row": decoded(row_model)}
@@ -121,16 +115,11 @@ def measure(
         "options": asdict(options),
         **{key: result[key] for key in ("bits_per_weight", "bytes", "peak_memory_bytes", "mean_relative_error")},
         "quantize_seconds": result["seconds"],
-        "resumed_tensors": result["resumed_tensors"],
+        "resumed": result["resumed"],
         "tuning": tuning,
         "evaluate_seconds": round(time.monotonic() - started, 1),
         **found,
     }
-
-
-def work_dir(row: str, output: Path) -> Path:
-    """Where a row's checkpoint is made; kept until the row is measured, so that a run that was cut off goes on."""
-    return output.with_suffix(".work") / re.sub(r"[^a-z0-9]+", "-", row.lower())
 
 
 def llama_cpp(reference: Path, recipe: Recipe, calib_tokens: int) -> Callable[[Any], dict[str, Any]]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import CALIBRATION, made, work_dir
 from encode import commit
-from quality import CALIBRATION, RESULTS, work_dir
+from quality import RESULTS
 from references import kept_logits, reference_dir
 from transformers.utils import logging
 
@@ -25,8 +26,6 @@ from fewbit.environment import environment
 from fewbit.evaluate import evaluate_many
 from fewbit.loading import load
 from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
-from fewbit.pipeline.progress import Silent
-from fewbit.pipeline.run import quantize
 
 BASE = QuantizeOptions(format="twinquant", head="bf16")
 RANKS = (32, 64, 256)  # beside the usual 128
@@ -47,35 +46,12 @@ STEPS = {
 ROWS = {f"W4A{bits} {name}": replace(options, act_bits=bits) for bits in (4, 8, 16) for name, options in STEPS.items()}
 
 
-class Stages(Silent):
-    """Notes how long each stage of a run takes, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._title = ""
-        self._since = 0.0
-
-    def stage(self, title: str, total: int) -> None:
-        self.end()
-        self._title, self._since = title, time.monotonic()
-
-    def end(self) -> None:
-        if self._title:
-            took = self.seconds.get(self._title, 0.0) + time.monotonic() - self._since
-            self.seconds[self._title] = round(took, 1)
-
-
 def measure(
     reference: Path, options: QuantizeOptions, text: str, settings: dict[str, int], work: Path
 ) -> dict[str, Any]:
     """Quantize and evaluate one row."""
     output = work / "checkpoint"
-    if not output.exists():
-        stages = Stages()
-        result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION], None, stages)
-        stages.end()
-        (output / "result.json").write_text(json.dumps({**result.to_json(), "stage_seconds": stages.seconds}))
-    result = json.loads((output / "result.json").read_text())
+    result = made(reference, options, output)
     started = time.monotonic()
     full = kept_logits(reference, text, **settings)
     model, tokenizer = load(output, torch.float32)
@@ -85,10 +61,8 @@ def measure(
     row, base = scores["row"], scores["full"]
     return {
         "options": asdict(options),
-        **{key: result[key] for key in ("bits_per_weight", "bytes", "mean_relative_error")},
+        **{key: result[key] for key in ("bits_per_weight", "bytes", "mean_relative_error", "stage_seconds", "resumed")},
         "quantize_seconds": result["seconds"],
-        "stage_seconds": result["stage_seconds"],
-        "resumed_tensors": result["resumed_tensors"],
         "learning": learning,
         "evaluate_seconds": round(time.monotonic() - started, 1),
         "reference_perplexity": base.perplexity,
@@ -110,6 +84,8 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output or RESULTS / f"twinquant-{arguments.model}.json"
     report = json.loads(output.read_text()) if output.exists() else {"rows": {}}
+    if report.get("text", arguments.text) != arguments.text:
+        parser.error(f"{output} has rows on {report['text']}; give another --output for {arguments.text}")
     report |= {"benchmark": "twinquant", "model": arguments.model, "text": arguments.text, "calibration": CALIBRATION}
     logging.disable_progress_bar()
     text = fetch_text(arguments.text).read_text(encoding="utf-8")

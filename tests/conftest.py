@@ -181,7 +181,6 @@ def mixture(kind: str, experts: int = 4, inner: int = 64, **changes):
     config = AutoConfig.for_model(
         kind,
         vocab_size=96,
-        hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -192,7 +191,7 @@ def mixture(kind: str, experts: int = 4, inner: int = 64, **changes):
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
-        **(sizes | changes),
+        **({"hidden_size": 64} | sizes | changes),
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -144,7 +144,7 @@ def _quantize(
         f"{result.output}: {human_bytes(result.bytes)}, {result.bits_per_weight['body']:.3f} bits per weight in the "
         f"layers, {result.bits_per_weight['total']:.3f} over everything, mean error {result.mean_relative_error:.4f}; "
         f"{human_seconds(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}"
-        + (f", {result.resumed_tensors} tensors from an earlier run" if result.resumed_tensors else "")
+        + (f", after an earlier run that left {result.resumed_tensors} tensors" if result.resumed else "")
     )
     if result.tuning_gain is not None:
         before, after = result.tuning_gain

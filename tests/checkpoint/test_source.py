@@ -188,6 +188,13 @@ def test_the_fingerprint_tells_models_apart_and_not_places(llama, tiny_llama_dir
     assert open_source(llama).fingerprint() != before
 
 
+def test_the_fingerprint_is_the_same_with_every_release_of_transformers(llama, monkeypatch):
+    before = open_source(llama).fingerprint()
+    monkeypatch.setattr("transformers.__version__", "99.0.0")
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0.0")
+    assert open_source(llama).fingerprint() == before
+
+
 @pytest.mark.slow
 def test_the_tokenizer_of_a_gguf_file_is_saved_and_loads_again(smollm2_source, smollm2_tokenizer, tmp_path):
     from transformers import AutoTokenizer

@@ -9,7 +9,7 @@ from fewbit.checkpoint.artifact import QuantizedModule
 from fewbit.dtypes import name_of
 from fewbit.errors import NonFiniteWeights, UnsupportedShape, UsageError
 from fewbit.formats import get_format
-from fewbit.formats.base import InputStatistics, TensorSpec
+from fewbit.formats.base import HELD_TOKENS, InputStatistics, TensorSpec
 from fewbit.math.hadamard import pack_signs, random_signs, rotate
 from fewbit.math.inputs import quantized_inputs
 from fewbit.math.rounding import inverse_factor
@@ -179,3 +179,13 @@ def test_the_mean_of_the_outputs_is_exact(act_bits):
     exact = x @ weight.T
     found = _linear(done.parts, spec)(x)
     assert (found.mean(0) - exact.mean(0)).abs().max() < 1e-4 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", ["trellis", "twinquant", "svdquant"])
+def test_files_of_calibration_take_no_more_than_the_disk_is_asked_for(name):
+    fmt = get_format(name)
+    spec = fmt.spec(64, 256, 4, **({} if name == "trellis" else {"rank": 16, "act_bits": 8}))
+    x = _inputs(HELD_TOKENS, 256)
+    statistics = InputStatistics(x.T @ x / len(x), len(x), x, x.mean(0), x.mean(0), x.mean(0))
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in fmt.calibration(statistics, 0.01).values())
+    assert 0.9 * fmt.calibration_bytes(spec) < taken <= fmt.calibration_bytes(spec) + 8

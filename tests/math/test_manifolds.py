@@ -41,14 +41,13 @@ def test_large_steps_do_not_leave_the_manifold():
     assert module.deviation() < 1e-5
 
 
-def test_positive_matrices_are_symmetric_have_positive_eigenvalues_and_an_inverse():
+def test_positive_matrices_are_symmetric_and_have_positive_eigenvalues():
     module = Positive(16)
     assert torch.equal(module().detach(), torch.eye(16))
     _descend(module, torch.diag(torch.linspace(0.2, 4, 16)))
     matrix = module().detach()
     assert torch.allclose(matrix, matrix.T, atol=1e-5)
     assert torch.linalg.eigvalsh(matrix).min() > 0
-    assert torch.allclose(matrix @ module.inverse().detach(), torch.eye(16), atol=1e-4)
     values = torch.linalg.eigvalsh(matrix)
     assert module.condition() == pytest.approx(float(values[-1] / values[0]), rel=1e-3)
 
@@ -69,5 +68,5 @@ def test_invertible_matrices_reach_what_orthogonal_ones_cannot():
     target = torch.eye(12) + 0.3 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     losses = _descend(module, target, 300)
     assert losses[-1] < 1e-2 * losses[0]
-    assert torch.allclose(module().detach() @ module.inverse().detach(), torch.eye(12), atol=1e-3)
+    assert 1 < module.positive.condition() < 100
     assert module.orthogonal.deviation() < 1e-5

@@ -72,6 +72,12 @@ def test_a_target_size_bounds_all_tensors_and_the_plan_shows_it(tiny_models, cal
     plan = prepare(tiny_models["biased"], options, [calibration_text], work=tmp_path / "work").plan
     assert whole - 6000 < plan.totals()["bytes"] <= whole - 3000
     assert (tmp_path / "work" / "sensitivity" / SENSITIVITY).exists()
+    # A damaged plan of that measurement is measured anew where that is asked for.
+    (tmp_path / "damaged" / "sensitivity").mkdir(parents=True)
+    (tmp_path / "damaged" / "sensitivity" / "plan.json").write_text("{")
+    fresh = Placement(work=tmp_path / "damaged", fresh=True)
+    again = prepare(tiny_models["biased"], options, [calibration_text], fresh, tmp_path / "damaged").plan
+    assert again.identity == plan.identity
     # The run finds what was measured and makes what was shown.
     placement = Placement(work=tmp_path / "work")
     result = quantize(tiny_models["biased"], tmp_path / "out", options, [calibration_text], placement)

@@ -31,6 +31,17 @@ def test_totals_count_every_weight_and_every_byte(tiny_models):
     assert totals["bits_per_weight"]["total"] == pytest.approx(8 * totals["bytes"] / totals["weights"])
 
 
+@pytest.mark.parametrize("bits", [0, 2, 3, 4])
+def test_a_target_size_goes_with_every_number_of_bits_there_is(bits):
+    assert QuantizeOptions(target_bytes=10**9, bits=bits).allocates
+
+
+def test_matrices_that_are_kept_belong_to_their_layers(tiny_models):
+    plan = make_plan(open_source(tiny_models["odd"]), QuantizeOptions())
+    kept = [tensor for tensor in plan.tensors if tensor.kind == "body" and tensor.spec is None]
+    assert [(tensor.module.rpartition(".")[2], tensor.layer) for tensor in kept] == [("down_proj", 0), ("down_proj", 1)]
+
+
 def test_a_plan_survives_json_with_its_identity(tiny_models, tmp_path):
     plan = make_plan(open_source(tiny_models["odd"]), QuantizeOptions(code="iq3_s"))
     plan.save(tmp_path / "plan.json")

@@ -259,6 +259,37 @@ def test_a_work_directory_that_shares_its_place_with_the_output_is_refused(tiny_
     assert not root.exists()
 
 
+@pytest.mark.parametrize("bits", [3, 3.2])
+def test_a_work_directory_with_files_of_others_is_refused_and_left_alone(tiny_models, calibration_text, tmp_path, bits):
+    precious = tmp_path / "data" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    options = replace(OPTIONS, bits=bits)
+    for work, message in ((precious.parent, "holds no run of fewbit"), (precious, "is no directory")):
+        with pytest.raises(UsageError, match=message):
+            quantize(tiny_models["tied"], tmp_path / "out", options, [calibration_text], Placement(work=work))
+    assert precious.read_text() == "mine"
+    assert [path.name for path in precious.parent.iterdir()] == ["precious.txt"]
+
+
+def test_an_output_that_is_a_link_stays_one_and_what_it_leads_to_is_replaced(tiny_models, tmp_path):
+    nearest = QuantizeOptions(rounding="nearest")
+    quantize(tiny_models["tied"], tmp_path / "disk" / "real", nearest)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    quantize(tiny_models["biased"], tmp_path / "link", nearest, placement=FRESH)
+    assert (tmp_path / "link").is_symlink()
+    assert Artifact.open(tmp_path / "disk" / "real").config["model_type"] == "qwen2"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+def test_a_model_of_which_nothing_can_be_quantized_is_copied(make_tiny, add_tokenizer, calibration_text, tmp_path):
+    odd = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 3, "num_key_value_heads": 1}
+    make_tiny("llama", **odd, head_dim=16).save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    quantize(tmp_path / "model", tmp_path / "out", replace(OPTIONS, head="bf16"), [calibration_text])
+    assert not Artifact.open(tmp_path / "out").modules
+
+
 def test_an_unknown_executor_is_refused_before_any_work():
     with pytest.raises(UsageError, match="unknown executor 'cloud'"):
         Placement(executor="cloud")

@@ -22,6 +22,7 @@ from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.pipeline.jobs import PLAN_FILE
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import Placement, quantize
+from fewbit.pipeline.tune import TEACHER
 from fewbit.pipeline.workdir import default_work, locked
 
 CALIBRATED = {"calib_tokens": 1024, "calib_window": 128, "calib_dtype": "float32", "tune": False}
@@ -32,6 +33,9 @@ KINDS = {
     "tuned": QuantizeOptions(**{**CALIBRATED, "tune": True}, tune_steps=20),
     "allocated": QuantizeOptions(**CALIBRATED, bits=3.2),
     "twinquant": QuantizeOptions(**CALIBRATED, format="twinquant", learn_steps=20),
+    "learned and tuned": QuantizeOptions(
+        **{**CALIBRATED, "tune": True}, format="twinquant", learn_steps=16, tune_steps=20
+    ),
 }
 
 
@@ -111,6 +115,8 @@ def moments(model: Path, text: Path, options: QuantizeOptions, root: Path) -> tu
         ("tuned", 9),
         ("allocated", 5),
         ("twinquant", 7),
+        ("learned and tuned", 19),
+        pytest.param("learned and tuned", 1, marks=pytest.mark.slow),
         pytest.param("twinquant", 1, marks=pytest.mark.slow),
         pytest.param("tuned", 1, marks=pytest.mark.slow),
         pytest.param("allocated", 1, marks=pytest.mark.slow),
@@ -123,7 +129,7 @@ def test_a_run_killed_at_any_moment_ends_byte_identical_when_repeated(
     whole, found = moments(model, calibration_text, options, tmp_path)
     expected = files_of(whole)
     # Until the layers are done, a tuned run is like one that is not, which has a test of its own.
-    late = [moment for moment in found if kind != "tuned" or (moment / ".out.work" / "full").exists()]
+    late = [moment for moment in found if kind != "tuned" or (moment / ".out.work" / TEACHER).exists()]
     assert len(late) > 15
     for moment in late[::step]:
         if not (moment / "out").exists():
@@ -291,7 +297,7 @@ def test_a_damaged_shard_of_a_finished_layer_is_refused(model, calibration_text,
     ("stop", "damaged", "remedy", "kind"),
     [
         ("hidden/0002", "hidden/0001/000001.safetensors", "hidden", "calibrated"),
-        ("full/0002", "full/0001/000000.safetensors", "full", "tuned"),
+        (f"{TEACHER}/0002", f"{TEACHER}/0001/000000.safetensors", TEACHER, "tuned"),
         ("tuned-plain", "tuning.safetensors", "tuning.safetensors", "tuned"),
         ("tuned-plain", "tuning-layers.safetensors", "tuning-layers.safetensors", "tuned"),
         ("out.partial/config.json", "tuned-plain.safetensors", "tuned-plain.safetensors", "tuned"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fewbit.pipeline.descent as descent
 import fewbit.pipeline.memory as memory_module
 import fewbit.pipeline.tune as tune
 from fewbit.checkpoint.plain import load_plain
@@ -142,7 +143,8 @@ def test_tuning_that_makes_things_worse_ends_early_and_keeps_where_it_began(
 ):
     options = QuantizeOptions(**SETTINGS, tune=True, tune_steps=200)
     held = iter([2.0, 1.0, 1.1, 0.9, 0.95, 0.91, 0.5])  # the first is taken before anything is tuned
-    monkeypatch.setattr(Tuner, "_held_loss", lambda self, batches: next(held))
+    monkeypatch.setattr(descent, "mean_loss", lambda loss, batches: next(held))
+    monkeypatch.setattr(tune, "mean_loss", lambda loss, batches: next(held))
     states: list[Descent] = []
     seen: list[dict[str, torch.Tensor]] = []
     look = Descent.look
@@ -156,7 +158,7 @@ def test_tuning_that_makes_things_worse_ends_early_and_keeps_where_it_began(
     quantize(tiny_models["tied"], tmp_path / "out", options, [calibration_text])
     history = history_of(tmp_path / "out")
     assert [entry["held"] for entry in history] == [1.0, 1.1, 0.9, 0.95, 0.91]
-    assert history[-1]["step"] == 4 * tune.CHECK_EVERY
+    assert history[-1]["step"] == 4 * descent.CHECK_EVERY
     gains = states[-1].gains
     assert all(torch.equal(gain, seen[2][name]) for name, gain in gains.items())
     assert not all(torch.equal(gain, seen[4][name]) for name, gain in gains.items())

@@ -55,12 +55,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copy(file, target)
 
 
-def wide(directory: Path, tokenizer: Path, tied: bool) -> Path:
+def wide(directory: Path, tokenizer: Path, tied: bool, inner: int = 576) -> Path:
     """A random model whose matrices are wide enough for a branch, and whose predictions are not flat."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
-    sizes = {"vocab_size": 96, "hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 96, "hidden_size": 288, "intermediate_size": inner, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 128}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     config = AutoConfig.for_model("qwen2", **sizes, **heads, **tokens, tie_word_embeddings=tied)
@@ -188,6 +188,38 @@ def test_a_learned_branch_begins_on_axes_that_spread_h_evenly():
     assert energy.max() < 1.5 * energy.min()
 
 
+@pytest.mark.parametrize("nothing", ["weight", "inputs"])
+def test_learning_takes_weights_and_inputs_of_which_nothing_is_left(nothing):
+    spec = get_format("twinquant").spec(512, 1024, 4, rank=128, act_bits=4)
+    tensor = PlannedTensor("layer.weight", (512, 1024), "body", 0, spec, "0.0")
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.zeros(512, 1024) if nothing == "weight" else torch.randn(512, 1024, generator=generator)
+    linear = LearnedLinear(tensor, weight, None)
+    linear.axes = SimpleNamespace(columns=lambda matrix, name: matrix, outputs=lambda matrix, name: matrix)
+    factor = Invertible(spec.rank)
+    linear.begin_branch(factor)
+    # A single token is its own mean.
+    x = torch.randn(1, 1 if nothing == "inputs" else 9, 1024, generator=generator, requires_grad=True)
+    with torch.no_grad():
+        linear(x)
+        linear.balance_unseen()
+    linear(x).square().sum().backward()
+    assert linear.balanced
+    assert linear.down().isfinite().all()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in factor.parameters())
+    assert x.grad.isfinite().all()
+
+
+def test_learning_moves_what_stays_in_16_bits_with_the_axes(tiny_models, calibration_text, tmp_path):
+    directory = wide(tmp_path, tiny_models["tied"], False, inner=584)
+    chosen = replace(options(act_bits=16, learn=True, learn_steps=16), calib_tokens=1024)
+    quantize(directory, tmp_path / "out", chosen, [calibration_text])
+    artifact = Artifact.open(tmp_path / "out")
+    assert not any(name.endswith("down_proj") for name in artifact.modules)
+    # Far from it, where some matrices are on the new axes and those that stay are not.
+    assert artifact.record["learning"]["history"][0]["held"] < 0.07
+
+
 @pytest.mark.parametrize("rank", [0, 30])
 def test_the_control_with_a_branch_of_16_bits_verifies_and_computes_nearly_the_same(
     wide_dir, calibration_text, tmp_path, rank
@@ -259,6 +291,26 @@ def test_mixtures_of_experts_work_too(make_mixture, tiny_models, calibration_tex
     artifact = Artifact.open(tmp_path / "out")
     assert [problem for _, problem in artifact.verify(open_source(tmp_path / "model")) if problem] == []
     assert distance(tmp_path / "model", tmp_path / "out", calibration_text) < 0.2
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_an_expert_that_no_token_reaches_is_rounded_and_reported(
+    make_mixture, tiny_models, calibration_text, tmp_path, learn
+):
+    model = make_mixture("qwen3_moe", experts=5, inner=288, hidden_size=288)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            one, two = layer.mlp.gate.weight[0].clone(), layer.mlp.gate.weight[1].clone()
+            # Two of the first four are always above 0, which the last expert always gets.
+            layer.mlp.gate.weight.copy_(torch.stack([one, -one, two, -two, torch.zeros_like(one)]))
+    model.save_pretrained(tmp_path / "model")
+    copy_tokenizer(tiny_models["tied"], tmp_path / "model")
+    chosen = options(act_bits=8, learn=learn, learn_steps=16 if learn else 0, calib_tokens=1024)
+    result = quantize(tmp_path / "model", tmp_path / "out", chosen, [calibration_text])
+    assert sorted({name.split(".experts.")[1].partition(".")[0] for name in result.unseen}) == ["4"]
+    artifact = Artifact.open(tmp_path / "out")
+    assert [problem for _, problem in artifact.verify(open_source(tmp_path / "model")) if problem] == []
+    assert any(module.spec.rank for name, module in artifact.modules.items() if ".experts.4." in name)
 
 
 @pytest.mark.parametrize(

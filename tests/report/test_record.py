@@ -50,9 +50,13 @@ def test_the_gain_of_tuning_is_the_best_look_and_absent_without_tuning():
 
 
 def test_options_are_told_in_words():
-    trellis = {"format": "itq3_s", "code": "trellis", "bits": 3.25, "rounding": "ldlq", "calib_tokens": 64,
+    trellis = {"format": "itq3_s", "code": "trellis", "bits": 3.25, "rounding": "ldlq", "calib_tokens": 4096,
                "calib_window": 32, "tune": True}  # fmt: skip
-    assert method(trellis) == "trellis, 3.25 bits, error feedback from 64 tokens in windows of 32, tuned"
+    tensors = [{"name": "a", "tokens": 64.0}, {"name": "b"}]
+    words = "trellis, 3.25 bits, error feedback from 64 tokens in windows of 32, "
+    assert method({"options": trellis, "tensors": tensors, "tuning": {"steps": 1}}) == words + "tuned"
+    # A text too short to be tuned on.
+    assert method({"options": trellis, "tensors": tensors}) == words + "not tuned"
     twin = {
         "format": "twinquant",
         "code": "twin",
@@ -62,5 +66,6 @@ def test_options_are_told_in_words():
         "rounding": "nearest",
         "learn": True,
     }
-    assert method(twin) == "twin, rank 8, inputs in 4 bits, 4 bits, rounded to nearest, not tuned, axes learned"
-    assert "bits chosen for 800 MB" in method({"target_bytes": 800_000_000})
+    words = "twin, rank 8, inputs in 4 bits, 4 bits, rounded to nearest, not tuned"
+    assert method({"options": twin, "tensors": [], "learning": {"steps": 1}}) == f"{words}, axes learned"
+    assert "bits chosen for 800 MB" in method({"options": {"target_bytes": 800_000_000}, "tensors": []})

@@ -167,7 +167,8 @@ class DecodedSource(Source):
         return total
 
     def fingerprint(self) -> str:
-        return fingerprint_files([self.path / file for file in sorted(set(self.artifact.files.values()))], self.config)
+        files = ("config.json", *sorted(set(self.artifact.files.values())))
+        return fingerprint_files([self.path / file for file in files])
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)

@@ -95,7 +95,10 @@ class EquivalentSource(Source):
         for name in self.source.names():
             module = name.removesuffix(".weight")
             if module.endswith("norm") and self.source.shape(name) == (width,) and module not in known:
-                raise UsageError(f"{name}: a gain that feeds no linear does not commute with a turn of the stream")
+                raise UsageError(
+                    f"{name}: a gain that feeds no linear does not commute with a turn of the stream; use --format "
+                    "itq3_s for this model"
+                )
 
     @property
     def rotated_tie(self) -> bool:

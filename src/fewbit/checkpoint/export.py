@@ -73,7 +73,7 @@ def export(
     source = DecodedSource(Artifact.open(path)) if is_artifact(Path(path)) else open_source(path)
     target = output.resolve()
     built = target.with_name(f".{target.name}.partial")
-    with locked(built):
+    with locked(built, "choose another output"):
         _check_space(target, source, DTYPES[dtype], shard_bytes)
         try:
             with disk_errors(built):

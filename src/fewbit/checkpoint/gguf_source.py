@@ -157,7 +157,7 @@ class GgufSource(Source):
         return entry.rows(slice(start, stop))
 
     def fingerprint(self) -> str:
-        return fingerprint_files(self._files, self.config)
+        return fingerprint_files(self._files)
 
     def tokenizer(self) -> Any:
         try:

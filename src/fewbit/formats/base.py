@@ -77,14 +77,17 @@ class EncodedGroup:
     error: torch.Tensor | None
 
 
+HELD_TOKENS = 512
+
+
 @dataclass(frozen=True)
 class InputStatistics:
     """What calibration saw of one input, on its rotated axes and as the format quantizes it.
 
-    `hessian` is the second moment float32 `[K, K]` over `tokens` tokens, and `held [n, K]` some of those inputs. A
-    format that quantizes inputs has them shifted by `shift`, float32 `[K]` on the inputs' own axes; `mean [K]`, on the
-    same axes, is the mean of the inputs without shift, and `mean_quantized [K]`, on the rotated ones, that of the
-    quantized inputs.
+    `hessian` is the second moment float32 `[K, K]` over `tokens` tokens, and `held [n, K]` some of those inputs, at
+    most `HELD_TOKENS`. A format that quantizes inputs has them shifted by `shift`, float32 `[K]` on the inputs' own
+    axes; `mean [K]`, on the same axes, is the mean of the inputs without shift, and `mean_quantized [K]`, on the
+    rotated ones, that of the quantized inputs.
     """
 
     hessian: torch.Tensor
@@ -140,6 +143,10 @@ class Format(ABC):
     def calibration(self, inputs: InputStatistics, damping: float) -> dict[str, torch.Tensor]:
         """What `quantize` wants to know of a linear's inputs, as tensors that go through a file; `damping` is relative
         to the mean of the Hessian's diagonal."""
+
+    def calibration_bytes(self, spec: TensorSpec) -> int:
+        """What `calibration` gives takes at most; by default, one matrix of all pairs of inputs."""
+        return 4 * spec.cols**2
 
     @abstractmethod
     def quantize(

@@ -13,7 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fewbit.errors import NonFiniteWeights, UsageError
-from fewbit.formats.base import Format, InputStatistics, Layout, TensorSpec, get_format, group_format, register
+from fewbit.formats.base import (
+    HELD_TOKENS,
+    Format,
+    InputStatistics,
+    Layout,
+    TensorSpec,
+    get_format,
+    group_format,
+    register,
+)
 from fewbit.math.hadamard import rotate
 from fewbit.math.inputs import quantized_inputs
 from fewbit.math.lowrank import balanced, fitted_up, leading_directions
@@ -81,6 +90,10 @@ class TwinQuant(Format):
             "mean": inputs.mean,
             "mean_quantized": inputs.mean_quantized,
         }
+
+    def calibration_bytes(self, spec: TensorSpec) -> int:
+        vectors = HELD_TOKENS + 3
+        return 4 * (2 * spec.cols**2 + vectors * spec.cols)
 
     def quantize(
         self, weight: Rows, spec: TensorSpec, signs: torch.Tensor | None, calibration: dict[str, torch.Tensor]

@@ -51,9 +51,6 @@ class Positive(nn.Module):
     def forward(self) -> torch.Tensor:
         return torch.matrix_exp(self._symmetric())
 
-    def inverse(self) -> torch.Tensor:
-        return torch.matrix_exp(-self._symmetric())
-
     @torch.no_grad()
     def condition(self) -> float:
         values = torch.linalg.eigvalsh(self._symmetric().double())
@@ -79,6 +76,3 @@ class Invertible(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.orthogonal() @ self.positive()
-
-    def inverse(self) -> torch.Tensor:
-        return self.positive.inverse() @ self.orthogonal().T

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fewbit.checkpoint.equivalent import rotate_output
 from fewbit.checkpoint.source import Source, SourceRows
 from fewbit.errors import NonFiniteWeights
 from fewbit.experts import separate_experts
-from fewbit.formats.base import InputStatistics
+from fewbit.formats.base import HELD_TOKENS, InputStatistics
 from fewbit.math.hadamard import pack_signs, rotate, rotate_moment
 from fewbit.math.inputs import quantized_inputs
 from fewbit.models import Family
@@ -30,7 +30,6 @@ from fewbit.ops.extension import load_native
 WINDOWS_PER_BATCH = 4
 TABLE_ROWS = 8192  # rows of the embedding that are read at once
 PANEL = 1024  # columns of a Hessian that one product updates
-HELD_TOKENS = 512
 
 
 @contextmanager
@@ -359,8 +358,10 @@ class InputCollector:
         """
         sums = self._sums.pop(key, None)
         if sums is None:
-            zero = torch.zeros(size) if self._axes[key].act_bits else None
-            return InputStatistics(torch.eye(size), 0, torch.empty(0, size), zero, zero, zero)
+            neutral = InputStatistics(torch.eye(size), 0, torch.empty(0, size))
+            if not self._axes[key].act_bits:
+                return neutral
+            return replace(neutral, shift=torch.zeros(size), mean=torch.zeros(size), mean_quantized=torch.zeros(size))
         if sums.shift is None:
             return InputStatistics(sums.moment(), sums.tokens, sums.held)
         means = sums.plain / sums.tokens, sums.quantized / sums.tokens

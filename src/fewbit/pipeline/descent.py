@@ -1,12 +1,14 @@
 """Descent that can be interrupted: parameters, moments, the best state so far and its history, in one file.
 
-Held-out windows decide when to stop and which state to keep.
+Learning and tuning both descend over batches of calibration windows; the last batches are held out, and decide when to
+stop and which state to keep.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +17,9 @@ from torch import nn
 from fewbit.checkpoint.damage import damage_named
 from fewbit.checkpoint.store import read_tensors, write_tensors
 
+WINDOWS_PER_STEP = 2
+HELD_BATCHES = 4  # batches of windows that are never learned from, unless that is more than a quarter of all
+CHECK_EVERY = 16  # steps between two looks at the held-out batches, each followed by a saved state
 PATIENCE = 2  # looks without a gain after which learning ends
 BETAS = (0.9, 0.95)
 WARM_UP = 8
@@ -23,6 +28,22 @@ WARM_UP = 8
 def share_of_rate(step: int, steps: int) -> float:
     """The share of the learning rate at a step: a short rise, then half a cosine."""
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def descent_windows(steps: int) -> int:
+    """How many windows so many steps read without reading one twice, the held-out ones included."""
+    return WINDOWS_PER_STEP * (steps + HELD_BATCHES)
+
+
+def held_batches(batches: int) -> range:
+    """The numbers of the batches that are held out, of so many."""
+    return range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
+
+
+@torch.no_grad()
+def mean_loss(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float:
+    """The mean over batches of a loss that is given by batch."""
+    return sum(float(loss(batch)) for batch in batches) / len(batches)
 
 
 class Descent:
@@ -47,6 +68,37 @@ class Descent:
         """Whether the last `PATIENCE` looks brought nothing."""
         held = [entry["held"] for entry in self.history]
         return len(held) > PATIENCE and min(held[-PATIENCE:]) >= min(held[:-PATIENCE])
+
+    def run(
+        self,
+        loss: Callable[[int], torch.Tensor],
+        batches: int,
+        steps: int,
+        stepped: Callable[[], None],
+        looked: Callable[[float], None],
+    ) -> None:
+        """Descend until the steps are used up or the held-out batches gain no more; leaves the best state in place.
+
+        `loss` is that of one of `batches`; `stepped` is called after every step, `looked` with every held-out loss.
+        """
+        held = held_batches(batches)
+
+        def look() -> None:
+            self.look(mean_loss(loss, held))
+            looked(self.history[-1]["held"])
+
+        if not self.history:
+            look()
+        while self.step < steps and not self.stale:
+            generator = torch.Generator().manual_seed(self.step // held.start)
+            order = torch.randperm(held.start, generator=generator)
+            found = loss(int(order[self.step % held.start]))
+            found.backward()
+            self.descend(float(found.detach()), share_of_rate(self.step, steps))
+            stepped()
+            if self.step % CHECK_EVERY == 0 or self.step == steps:
+                look()
+        self.take_best()
 
     def descend(self, loss: float, share: float) -> None:
         for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):

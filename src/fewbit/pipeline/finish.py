@@ -41,7 +41,9 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
     Returns what `fewbit.json` records of each tensor. Raises `CorruptFile` where a tensor does not decode to what
     was recorded of it.
     """
-    built = output.resolve().with_name(f".{output.resolve().name}.partial")
+    # A link keeps its place; what it leads to is replaced.
+    output = output.resolve()
+    built = output.with_name(f".{output.name}.partial")
     shutil.rmtree(built, ignore_errors=True)
     built.mkdir(parents=True)
     source.copy_tokenizer(built)
@@ -66,7 +68,7 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
             "source_fingerprint": plan.fingerprint,
             "tensors": records,
             **({"tuning": report} if report else {}),
-            **({"learning": read_json(work / LEARNED)} if (work / LEARNED).exists() else {}),
+            **({"learning": read_json(work / LEARNED, "delete it and run again")} if (work / LEARNED).exists() else {}),
         },
     )
     (built / "README.md").write_text(_card(plan))

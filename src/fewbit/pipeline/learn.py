@@ -9,7 +9,6 @@ transform and, for the branches, into the rows of U that rounding starts from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,19 @@ from fewbit.math.lowrank import balanced, leading_directions
 from fewbit.math.manifolds import MOST_CONDITION, Invertible, Orthogonal
 from fewbit.models import Family, get_family
 from fewbit.pipeline.calibrate import LayerStream, full_precision
-from fewbit.pipeline.descent import Descent, share_of_rate
+from fewbit.pipeline.descent import WINDOWS_PER_STEP, Descent
 from fewbit.pipeline.jobs import BRANCHES, tensor_signs
 from fewbit.pipeline.memory import activation_bytes, computed_again
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.progress import Progress
 from fewbit.pipeline.teacher import Divergence, Teacher
 
-WINDOWS_PER_STEP = 2
-HELD_BATCHES = 4
-CHECK_EVERY = 16
 WEIGHT_COPIES = 8  # of a weight that a step keeps for the way back
+LEAST_SHARE = 1e-7  # of the mean diagonal, added where branches are solved for
 RATES = {"residual": 5e-4, "values": 5e-4, "gains": 5e-3, "scales": 5e-3, "branches": 1e-3}
 STATE = "learning.safetensors"
 REPORT = "learning.json"
+TEACHER = "learning-full"
 
 
 class Axes(nn.Module):
@@ -161,8 +159,16 @@ class LearnedLinear(nn.Module):
         """Begin on the axes of h where its rounding costs least, by the rows of `seen` inputs and one that is white."""
         rows = seen.flatten(0, -2).float()
         h, energy = rows @ start.T, float(rows.square().mean())
+        if energy == 0.0:
+            return
         moment = h.T @ h + energy * start @ start.T
         self.start, self.balanced = balanced(start, moment / (rows.shape[0] + 1), energy), True
+
+    def balance_unseen(self) -> None:
+        """Where no first input came, or only one like all others (an expert that few tokens chose), begin on axes that
+        suit white inputs."""
+        if self.start is not None and not self.balanced:
+            self.start, self.balanced = balanced(self.start, self.start @ self.start.T, 1.0), True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group, act_bits = self.spec.group, self.spec.act_bits
@@ -175,7 +181,10 @@ class LearnedLinear(nn.Module):
                 self._balance(self.start, seen)
             down = straight_through(self.down(), group, 4)
             with full_precision():
-                fitted = torch.linalg.solve(down @ down.T, down @ weight.float().T).T
+                # Branches of weights that are zero, or nearly, have nothing to be solved for.
+                gram = down @ down.T
+                ridge = float(gram.detach().diagonal().mean()) * LEAST_SHARE + 1e-20
+                fitted = torch.linalg.solve(gram + ridge * torch.eye(self.spec.rank), down @ weight.float().T).T
             up = straight_through(fitted, group, 4)
             residual = weight - up @ down
             y = y + straight_through(seen @ down.T, group, act_bits) @ up.T
@@ -198,11 +207,11 @@ class Learner:
         self.windows = windows[: windows.shape[0] // WINDOWS_PER_STEP * WINDOWS_PER_STEP]
         self.dtype = getattr(torch, plan.options["calib_dtype"])
         self.stream = LayerStream(source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
-        self.teacher = Teacher(self.stream, work, progress)
+        self.teacher = Teacher(self.stream, work / TEACHER, progress)
         width = source.shape(f"{self.family.embed}.weight")[1]
         self.axes = Axes(source, self.family, start, width)
         self.linears: dict[str, LearnedLinear] = {}
-        self.routers: dict[str, torch.Tensor] = {}
+        self.kept: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # weights and biases in full precision
         # As in tuning: what is kept for the way back takes memory, what is computed again takes time.
         kept = weight_bytes(plan) + activation_bytes(plan, WINDOWS_PER_STEP * self.windows.shape[1])
         self.recompute = computed_again(kept)
@@ -210,6 +219,7 @@ class Learner:
     def run(self) -> None:
         """Learn, and write the transform and the branches; does nothing where that is done."""
         if (self.work / TRANSFORM).exists():
+            self.teacher.discard()
             return
         least = 2 * WINDOWS_PER_STEP
         if self.windows.shape[0] < least:
@@ -241,8 +251,8 @@ class Learner:
             self.stream.load(part)
         self.gain = self.source.tensor(f"{self.family.final_norm}.weight")
         for name in (*self.axes.start.gains, self.family.final_norm):
-            _set_weight(model.get_submodule(name), torch.ones_like(self.gain))
-        self._find_routers()
+            _set(model.get_submodule(name), "weight", torch.ones_like(self.gain))
+        self._find_kept()
         table = self.source.tensor(f"{self.family.embed}.weight")
         used, self.ids = torch.unique(self.windows, return_inverse=True)
         self.embed = table[used]
@@ -257,16 +267,19 @@ class Learner:
             self.progress.advance()
         # Branches begin on the axes that suit the first inputs to come: always these, however often a run is resumed.
         self._loss(0)
+        for linear in branches:
+            linear.balance_unseen()
 
-    def _find_routers(self) -> None:
-        """Matrices that read the residual stream and are not rounded have to follow it."""
+    def _find_kept(self) -> None:
+        """Matrices of the layers that are not rounded have to follow the axes, too."""
+        names = {tensor.module for tensor in self.plan.tensors if tensor.kind == "body" and tensor.spec is None}
         for index in range(len(self.stream)):
-            for shared in self.family.inputs:
-                for router in shared.routers:
-                    name = f"{self.family.layers}.{index}.{router}"
-                    if f"{name}.weight" in self.source.names():
-                        self.routers[name] = self.source.tensor(f"{name}.weight")
-                        _set_weight(self.stream.model.get_submodule(name), self.routers[name])
+            names |= {f"{self.family.layers}.{index}.{router}" for s in self.family.inputs for router in s.routers}
+        for name in sorted(names):
+            if f"{name}.weight" in self.source.names():
+                bias = f"{name}.bias"
+                found = self.source.tensor(bias) if bias in self.source.names() else None
+                self.kept[name] = (self.source.tensor(f"{name}.weight"), found)
 
     def _move(self) -> torch.Tensor:
         """Put the axes of the moment into the model; the residual stream's rotation.
@@ -281,9 +294,12 @@ class Learner:
                 maps[linear.unit] = linear.map_onto()
             linear.onto = maps.get(linear.unit)
         for name in self.axes.start.gains:
-            _set_weight(self.stream.model.get_submodule(name), live.gain(name))
-        for name, weight in self.routers.items():
-            _set_weight(self.stream.model.get_submodule(name), live.columns(weight, name))
+            _set(self.stream.model.get_submodule(name), "weight", live.gain(name))
+        for name, (weight, bias) in self.kept.items():
+            module = self.stream.model.get_submodule(name)
+            _set(module, "weight", live.outputs(live.columns(weight, name), name))
+            if bias is not None:
+                _set(module, "bias", live.outputs(bias, name))
         assert live.transform.residual is not None
         return live.transform.residual
 
@@ -299,43 +315,29 @@ class Learner:
         last = norm(hidden).flatten(0, 1) @ residual.T * self.gain
         return Divergence.apply(last, self.head, self.teacher.hidden(batch), self.head)
 
-    def _held_loss(self, batches: Sequence[int]) -> float:
-        with torch.no_grad():
-            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
-
     def _learn(self) -> dict[str, Any]:
         """Descend until the steps are used up or the held-out windows gain no more; leaves the best axes in place."""
-        batches = len(self.stream.batches)
-        held = range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
         parameters = dict(self.axes.named_parameters())
         state = Descent(parameters, 1.0, self.work / STATE, {name: self.axes.rate(name) for name in parameters})
         state.restore()
         steps = int(self.plan.options["learn_steps"])
         self.progress.stage("learning the axes", steps)
         self.progress.advance(state.step)
-        if not state.history:
-            self._look(state, held)
-        while state.step < steps and not state.stale:
-            generator = torch.Generator().manual_seed(state.step // held.start)
-            order = torch.randperm(held.start, generator=generator)
-            loss = self._loss(int(order[state.step % held.start]))
-            loss.backward()
-            state.descend(float(loss.detach()), share_of_rate(state.step, steps))
+
+        def stepped() -> None:
             self.axes.restrain()
             self.progress.advance()
-            if state.step % CHECK_EVERY == 0 or state.step == steps:
-                self._look(state, held)
-        state.take_best()
+
+        def looked(divergence: float) -> None:
+            health = self._health()
+            self.progress.note(
+                f"learning, step {state.step}: divergence {divergence:.5f}, rotations off by "
+                f"{health['deviation']:.1e}, condition {health['condition']:.3g} at most"
+            )
+
+        state.run(self._loss, len(self.stream.batches), steps, stepped, looked)
         tokens = WINDOWS_PER_STEP * self.windows.shape[1]
         return {"steps": state.step, "tokens_per_step": tokens, "history": state.history, **self._health()}
-
-    def _look(self, state: Descent, held: Sequence[int]) -> None:
-        state.look(self._held_loss(held))
-        health = self._health()
-        self.progress.note(
-            f"learning, step {state.step}: divergence {state.history[-1]['held']:.5f}, rotations off by "
-            f"{health['deviation']:.1e}, condition {health['condition']:.3g} at most"
-        )
 
     def _health(self) -> dict[str, float]:
         return {"deviation": self.axes.deviation(), "condition": self.axes.condition()}
@@ -347,7 +349,7 @@ class Learner:
         found = self.axes.transform()
         assert found.residual is not None
         left, _, right = torch.linalg.svd(found.residual.double())
-        branches = {name: linear.down() for name, linear in self.linears.items() if linear.balanced}
+        branches = {name: linear.down() for name, linear in self.linears.items() if linear.start is not None}
         write_tensors(self.work / BRANCHES, branches)
         Transform(left @ right, found.gains, found.scales, found.values).save(self.work / TRANSFORM)
 
@@ -357,12 +359,7 @@ def weight_bytes(plan: Plan) -> int:
     return 4 * WEIGHT_COPIES * sum(tensor.weights for tensor in plan.tensors if tensor.kind == "body")
 
 
-def learning_windows(steps: int) -> int:
-    """How many windows so many steps read without reading one twice, the held-out ones included."""
-    return WINDOWS_PER_STEP * (steps + HELD_BATCHES)
-
-
-def _set_weight(module: Any, weight: torch.Tensor) -> None:
+def _set(module: Any, name: str, tensor: torch.Tensor) -> None:
     """Let a module compute with a tensor that is not its own parameter."""
-    module._parameters.pop("weight", None)
-    module.weight = weight
+    module._parameters.pop(name, None)
+    setattr(module, name, tensor)

@@ -126,9 +126,9 @@ class QuantizeOptions:
             raise UsageError(f"{self._stored_as} stores {allowed[0]} bits only; bits are chosen for --code trellis")
         if self.allocates and self.rounding == "nearest":
             raise UsageError("bits are chosen by sensitivities, which take calibration text: use --rounding ldlq")
-        if self.allocates and not min(allowed) < self.bits < max(allowed) + 0.25:
+        if self.bits != int(self.bits) and not min(allowed) < self.bits < max(allowed) + 0.25:
             raise UsageError(f"{self._stored_as} stores {min(allowed)} to {max(allowed)} bits, not {self.bits}")
-        if not self.allocates and self.bits not in allowed:
+        if self.bits == int(self.bits) and self.bits not in allowed:
             raise UsageError(f"{self._stored_as} stores {' or '.join(map(str, allowed))} bits, not {self.bits}")
         if self.calib_window < 2 or self.calib_tokens < self.calib_window:
             raise UsageError(

@@ -217,22 +217,22 @@ def _plan_tensor(
     format_name, bits = (options.format_name, options.whole_bits) if body else HEADS[options.head]
     bits = chosen.get(".".join(shared_input.split(".")[:2]), bits)
     if format_name == "bf16":
-        return _kept(name, shape, kind, "--head bf16")
+        return _kept(name, shape, kind, "--head bf16", shared_input)
     weight_format = get_format(format_name)
     try:
         spec = weight_format.spec(shape[0], shape[1], bits, **(options.spec_choices if body else {}))
     except UnsupportedShape as error:
-        return _kept(name, shape, kind, str(error))
+        return _kept(name, shape, kind, str(error), shared_input)
     if not options.rotate:
         spec = replace(spec, block=1)
     size = weight_format.storage_bytes(spec) + (-(-shape[1] // 8) if spec.block > 1 else 0)
     return PlannedTensor(name, shape, kind, size, spec, shared_input)
 
 
-def _kept(name: str, shape: tuple[int, ...], kind: str, reason: str) -> PlannedTensor:
+def _kept(name: str, shape: tuple[int, ...], kind: str, reason: str, shared_input: str = "") -> PlannedTensor:
     # Vectors are few and steer whole channels, so they keep 32 bits; matrices keep the usual 16.
     dtype, width = ("float32", 4) if len(shape) == 1 else ("bfloat16", 2)
-    return PlannedTensor(name, shape, kind, width * math.prod(shape), dtype=dtype, reason=reason)
+    return PlannedTensor(name, shape, kind, width * math.prod(shape), None, shared_input, dtype, reason)
 
 
 def classify(family: Family, name: str) -> tuple[str, str]:

@@ -15,11 +15,11 @@ import torch
 
 from fewbit.formats import GroupFormat, get_format, group_format
 from fewbit.math.rounding import CHUNK_WEIGHTS, inverse_factor, quantize_rotated
-from fewbit.pipeline import learn as learning
 from fewbit.pipeline.calibrate import WINDOWS_PER_BATCH, bfloat16_products
+from fewbit.pipeline.descent import WINDOWS_PER_STEP
+from fewbit.pipeline.learn import weight_bytes
 from fewbit.pipeline.memory import activation_bytes, computed_again
 from fewbit.pipeline.plan import Plan, PlannedTensor
-from fewbit.pipeline.tune import WINDOWS_PER_STEP
 from fewbit.pipeline.tune_layers import EPOCHS, LEARNED
 from fewbit.resident import resident_bytes
 
@@ -69,7 +69,7 @@ def _learning_operations(plan: Plan, window: int) -> float:
     """The full model once over all tokens; for each step a weight's turn and its product with every token, both
     computed again on the way back, and their gradients."""
     steps = int(plan.options["learn_steps"])
-    tokens = steps * learning.WINDOWS_PER_STEP * window
+    tokens = steps * WINDOWS_PER_STEP * window
     body = [tensor for tensor in plan.tensors if tensor.kind == "body"]
     weights = sum(tensor.weights for tensor in body)
     table = next(tensor for tensor in plan.tensors if tensor.kind == "embed")
@@ -88,9 +88,8 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
     hessian = 0
     if windows is not None:
         table = next(tensor for tensor in plan.tensors if tensor.kind == "embed")
-        hidden = (
-            4 * WINDOWS_PER_BATCH * windows.shape[1] * (table.shape[1] + 4 * max(t.shape[1] for t in plan.quantized))
-        )
+        widest = max((tensor.shape[1] for tensor in plan.quantized), default=0)
+        hidden = 4 * WINDOWS_PER_BATCH * windows.shape[1] * (table.shape[1] + 4 * widest)
         hessian = max((_factor_bytes(tensor) for tensor in plan.quantized), default=0)
     largest_layer = max(layers.values(), default=0)
     table_bytes = max((4 * t.weights for t in plan.tensors if t.kind in ("embed", "head")), default=0)
@@ -100,7 +99,7 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
         whole = sum(4 * tensor.weights for tensor in plan.tensors)
         kept = activation_bytes(plan, WINDOWS_PER_STEP * windows.shape[1])
         if plan.options["learn"]:
-            kept += learning.weight_bytes(plan)
+            kept += weight_bytes(plan)
         return int(present + 1.5 * whole + (kept / len(layers) if computed_again(kept) else kept))
     return int(present + hidden + max(largest_layer, table_bytes) + hessian + rounding)
 

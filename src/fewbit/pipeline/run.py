@@ -20,9 +20,10 @@ from fewbit.checkpoint.source import Source, open_source
 from fewbit.checkpoint.store import disk_errors
 from fewbit.errors import UsageError
 from fewbit.pipeline.allocate import Choice, allocate, check_budget
+from fewbit.pipeline.descent import descent_windows
 from fewbit.pipeline.executors import check_executor, make_executor
 from fewbit.pipeline.finish import finish
-from fewbit.pipeline.learn import Learner, learning_windows
+from fewbit.pipeline.learn import Learner
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.predict import predict
@@ -31,11 +32,12 @@ from fewbit.pipeline.sensitivity import Sensitivities
 from fewbit.pipeline.shards import ShardMaker
 from fewbit.pipeline.smooth import measure_scales
 from fewbit.pipeline.texts import CalibrationText, calibration_windows, tokens_hash
-from fewbit.pipeline.tune import Tuner, tuning_result, tuning_windows
+from fewbit.pipeline.tune import Tuner, tuning_result
 from fewbit.pipeline.workdir import (
     check_apart,
     check_output,
     check_space,
+    check_work,
     default_work,
     earlier_plan,
     locked,
@@ -50,7 +52,8 @@ class QuantizeResult:
     """What a run produced, as `fewbit quantize --json` prints it.
 
     `mean_relative_error` is the mean over tensors of |W - W^|^2 / |W|^2; `unseen` names the tensors that no
-    calibration token reached (experts that were never chosen), which were rounded under a neutral prior;
+    calibration token reached (experts that were never chosen), which were rounded under a neutral prior; a `resumed`
+    run went on with what an earlier process had begun, whose `seconds` are not counted;
     `tuning_gain` is the divergence on held-out calibration windows before and after tuning, in nats.
     """
 
@@ -60,6 +63,7 @@ class QuantizeResult:
     bits_per_weight: dict[str, float]
     bytes: int
     mean_relative_error: float
+    resumed: bool
     resumed_tensors: int
     unseen: list[str]
     tuning_gain: tuple[float, float] | None
@@ -126,11 +130,11 @@ def prepare(
         windows, _ = calibration_windows(source, texts, options.calib_tokens, options.calib_window)
         known = tokens_hash(windows)
         if options.tune:
-            wanted = tuning_windows(options.tune_steps) * options.calib_window
+            wanted = descent_windows(options.tune_steps) * options.calib_window
             tuning, _ = calibration_windows(source, texts, wanted, options.calib_window)
             known += tokens_hash(tuning)
         if options.learn:
-            wanted = learning_windows(options.learn_steps) * options.calib_window
+            wanted = descent_windows(options.learn_steps) * options.calib_window
             learning, _ = calibration_windows(source, texts, wanted, options.calib_window)
             known += tokens_hash(learning)
     if not options.allocates:
@@ -168,7 +172,7 @@ def choose_bits(
         budget = int(options.bits * sum(tensor.weights for tensor in plan.tensors if tensor.name in chosen) / 8)
     # What cannot fit is refused before minutes are spent on measuring.
     check_budget([sizes[unit] for unit in free], budget)
-    earlier = earlier_plan(work)
+    earlier = None if placement.fresh else earlier_plan(work)
     open_work(work, plan, {}, placement.fresh or (earlier is not None and earlier.identity != plan.identity))
     executor = make_executor(placement.executor, placement.workers, placement.ray_address)
     logged = Logged(progress, work / "log.jsonl")
@@ -227,6 +231,7 @@ def _checked_work(output: str | Path, placement: Placement) -> Path:
     check_output(Path(output), placement.fresh)
     work = placement.work.resolve() if placement.work else default_work(Path(output))
     check_apart(work, Path(output))
+    check_work(work)
     return work
 
 
@@ -240,6 +245,7 @@ def _quantize(
     progress: Progress,
 ) -> QuantizeResult:
     started = time.monotonic()
+    resumed = not placement.fresh and earlier_plan(work) is not None
     found = prepare(model, options, calibration, placement, work, progress)
     source, plan, windows = found.source, found.plan, found.windows
     tokens = [
@@ -278,6 +284,7 @@ def _quantize(
         bits_per_weight=totals["bits_per_weight"],
         bytes=totals["bytes"],
         mean_relative_error=sum(errors) / len(errors) if errors else 0.0,
+        resumed=resumed,
         resumed_tensors=maker.resumed,
         unseen=[record["name"] for record in records if record.get("tokens") == 0],
         tuning_gain=(report["rounded"], min(look["held"] for look in report["history"])) if report else None,

@@ -51,7 +51,7 @@ class Sensitivities:
         """Mean divergence in nats that each unit costs; found again in a file where it was measured before."""
         path = self.work / SENSITIVITY
         if path.exists():
-            return {unit: float(value) for unit, value in read_json(path).items()}
+            return {unit: float(value) for unit, value in read_json(path, "delete it and run again").items()}
         self._embed()
         self.progress.stage("measuring sensitivities", len(self.stream))
         latest = self.branches.latest()

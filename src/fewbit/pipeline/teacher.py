@@ -3,6 +3,7 @@ predictions differ from its own."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,11 @@ POSITIONS = 128  # positions whose logits exist at once
 class Teacher:
     """What the full model's head reads for every batch of a stream's windows; through files, one layer in memory."""
 
-    def __init__(self, stream: LayerStream, work: Path, progress: Progress) -> None:
+    def __init__(self, stream: LayerStream, directory: Path, progress: Progress) -> None:
+        """The states go into `directory`, which nothing else uses: they are of these windows and this model."""
         self.stream = stream
         self.progress = progress
-        self._states = BatchFiles(work / "full")
+        self._states = BatchFiles(directory)
 
     def run(self) -> None:
         """Run the full model; goes on where an earlier process stopped, and does nothing where that is done."""
@@ -58,7 +60,7 @@ class Teacher:
 
     def discard(self) -> None:
         """Free the states' space."""
-        self._states.discard(len(self.stream) + 1)
+        shutil.rmtree(self._states.directory, ignore_errors=True)
 
 
 class Divergence(torch.autograd.Function):

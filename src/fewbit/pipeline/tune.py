@@ -8,7 +8,6 @@ calibration windows, and held-out windows decide when to stop and which state to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from fewbit.errors import CorruptFile
 from fewbit.formats import get_format
 from fewbit.models import get_family
 from fewbit.pipeline.calibrate import LayerStream, bfloat16_products
-from fewbit.pipeline.descent import Descent, share_of_rate
+from fewbit.pipeline.descent import WINDOWS_PER_STEP, Descent, held_batches, mean_loss
 from fewbit.pipeline.gains import Gain, GainLinear, TwinGainLinear, with_gains
 from fewbit.pipeline.jobs import Shard, read_shard, relative_error, write_shard
 from fewbit.pipeline.memory import activation_bytes, computed_again
@@ -34,12 +33,10 @@ from fewbit.pipeline.progress import Progress
 from fewbit.pipeline.teacher import Divergence, Teacher
 from fewbit.pipeline.tune_layers import LayerTuner
 
-WINDOWS_PER_STEP = 2
-HELD_BATCHES = 4  # batches of windows that are never learned from, unless that is more than a quarter of all
-CHECK_EVERY = 16  # steps between two looks at the held-out windows, each followed by a saved state
 TUNED = "tuned"  # the directory of tuned shards
 STATE = "tuning.safetensors"
 PLAIN = "tuned-plain.safetensors"
+TEACHER = "tuning-full"
 REPORT = "tuning.json"
 
 
@@ -55,7 +52,7 @@ class Tuner:
         self.dtype = getattr(torch, plan.options["calib_dtype"])
         self.windows = windows[: windows.shape[0] // WINDOWS_PER_STEP * WINDOWS_PER_STEP]
         self.stream = LayerStream(source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
-        self.teacher = Teacher(self.stream, work, progress)
+        self.teacher = Teacher(self.stream, work / TEACHER, progress)
         self.linears: dict[str, GainLinear | TwinGainLinear] = {}
         self.gains: dict[str, nn.Parameter] = {}
         # Activations that are kept for the way back take memory, those that are computed again take time; the values
@@ -133,36 +130,24 @@ class Tuner:
         full = self.teacher.hidden(batch)
         return Divergence.apply(norm(hidden).flatten(0, 1), self.head, full, self.full_head)
 
-    def _held_loss(self, batches: Sequence[int]) -> float:
-        with torch.no_grad():
-            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
-
     def _learn(self) -> dict[str, Any]:
         """Descend until the steps are used up or the held-out windows gain no more; leaves the best gains in place."""
         batches = len(self.stream.batches)
-        held = range(batches - max(1, min(HELD_BATCHES, batches // 4)), batches)
+        held = held_batches(batches)
         state = Descent(self.gains, self.plan.options["tune_rate"], self.work / STATE)
-        rounded = self._held_loss(held)
+        rounded = mean_loss(self._loss, held)
         self.progress.note(f"before tuning: divergence {rounded:.5f}")
-        layers = self._learn_layers()
+        layers = self._learn_layers(held.start)
         state.restore()
         steps = int(self.plan.options["tune_steps"])
         self.progress.stage("tuning", steps)
         self.progress.advance(state.step)
-        if not state.history:
-            state.look(self._held_loss(held))
-            self.progress.note(f"tuned layer by layer: divergence {state.history[-1]['held']:.5f}")
-        while state.step < steps and not state.stale:
-            generator = torch.Generator().manual_seed(state.step // held.start)
-            order = torch.randperm(held.start, generator=generator)
-            loss = self._loss(int(order[state.step % held.start]))
-            loss.backward()
-            state.descend(float(loss.detach()), share_of_rate(state.step, steps))
-            self.progress.advance()
-            if state.step % CHECK_EVERY == 0 or state.step == steps:
-                state.look(self._held_loss(held))
-                self.progress.note(f"tuning, step {state.step}: divergence {state.history[-1]['held']:.5f}")
-        state.take_best()
+
+        def looked(divergence: float) -> None:
+            place = f"tuning, step {state.step}" if state.step else "tuned layer by layer"
+            self.progress.note(f"{place}: divergence {divergence:.5f}")
+
+        state.run(self._loss, batches, steps, self.progress.advance, looked)
         tokens = WINDOWS_PER_STEP * self.windows.shape[1]
         return {
             "steps": state.step,
@@ -172,10 +157,10 @@ class Tuner:
             "history": state.history,
         }
 
-    def _learn_layers(self) -> list[dict[str, float]]:
-        """Each layer by itself first; what that gained."""
+    def _learn_layers(self, batches: int) -> list[dict[str, float]]:
+        """Each layer by itself first, on the first so many batches; what that gained."""
         full = LayerStream(self.source, self.family, self.windows, self.dtype, WINDOWS_PER_STEP)
-        tuner = LayerTuner(full, self.stream, self.gains, self._embedded, self.work)
+        tuner = LayerTuner(full, self.stream, self.gains, self._embedded, batches, self.work)
         self.progress.stage("tuning the layers", len(self.stream))
         found = []
         for entry in tuner.run():
@@ -201,13 +186,8 @@ class Tuner:
         write_tensors(self.work / PLAIN, plain)
 
 
-def tuning_windows(steps: int) -> int:
-    """How many windows so many steps read without reading one twice, the held-out ones included."""
-    return WINDOWS_PER_STEP * (steps + HELD_BATCHES)
-
-
 def tuning_result(work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tuned plain tensors of a run and its report; both empty where nothing was tuned."""
     if not (work / REPORT).exists():
         return {}, {}
-    return read_tensors(work / PLAIN)[0], read_json(work / REPORT)
+    return read_tensors(work / PLAIN)[0], read_json(work / REPORT, "delete it and run again")

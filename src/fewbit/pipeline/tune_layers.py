@@ -34,18 +34,21 @@ class LayerTuner:
         compressed: LayerStream,
         gains: dict[str, nn.Parameter],
         embed: Callable[[int], torch.Tensor],
+        batches: int,
         work: Path,
     ) -> None:
-        """`embed` gives the compressed model's hidden states of a batch in front of the first layer."""
+        """`embed` gives the compressed model's hidden states of a batch in front of the first layer. The first
+        `batches` may be used; the last of them decide whether a layer is better."""
         self.full = full
         self.compressed = compressed
         self.gains = gains
         self.embed = embed
+        self.batches = batches
         self.path = work / STATE
 
     def run(self) -> Iterator[dict[str, float]]:
         """Tune the layers in order; yields for each the held-out error before and after."""
-        count = min(LEARNED + HELD, len(self.full.batches))
+        count = min(LEARNED + HELD, self.batches)
         if count < 2:
             return
         done = self._restore()

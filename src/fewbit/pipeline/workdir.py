@@ -15,6 +15,7 @@ from fewbit.checkpoint.artifact import is_artifact
 from fewbit.checkpoint.damage import read_json
 from fewbit.checkpoint.store import SHARD_LIMIT, disk_errors, write_json
 from fewbit.errors import FewbitError, UsageError
+from fewbit.formats import get_format
 from fewbit.pipeline.jobs import PLAN_FILE
 from fewbit.pipeline.plan import Plan
 
@@ -48,6 +49,16 @@ def default_work(output: Path) -> Path:
     return output.resolve().with_name(f".{output.resolve().name}.work")
 
 
+def check_work(work: Path) -> None:
+    """Refuse a work directory with files that are not a run's: they would go when the run begins, and at its end."""
+    if not work.exists():
+        return
+    if not work.is_dir():
+        raise UsageError(f"{work} is no directory; choose another --work-dir")
+    if any(work.iterdir()) and not _is_work(work):
+        raise UsageError(f"{work} is not empty and holds no run of fewbit; choose another --work-dir")
+
+
 def earlier_plan(work: Path) -> Plan | None:
     """The plan of the run that `work` holds, if any; raises `CorruptFile` where it cannot be read."""
     return Plan.load(work / PLAN_FILE) if (work / PLAN_FILE).exists() else None
@@ -60,8 +71,8 @@ def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool, keep: 
     The source is taken from where it is now; a run may go on after its model was moved.
     """
     earlier = None if fresh else earlier_plan(work)
-    if earlier is None and work.exists() and any(work.iterdir()) and not _is_work(work):
-        raise UsageError(f"{work} is not empty and holds no run of fewbit; choose another --work-dir")
+    if earlier is None:
+        check_work(work)
     if earlier is not None:
         if earlier.identity != plan.identity:
             raise UsageError(
@@ -78,10 +89,10 @@ def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool, keep: 
 
 
 @contextmanager
-def locked(work: Path) -> Iterator[None]:
+def locked(work: Path, otherwise: str = "choose another --work-dir") -> Iterator[None]:
     """Inside, no other process works in `work`; the system gives the lock back when this one ends, however it ends.
 
-    Raises `UsageError` where another process has it.
+    Raises `UsageError` where another process has it; `otherwise` is what to do instead of waiting.
     """
     # Beside the directory, which is emptied and removed while it is locked.
     path = work.with_name(f"{work.name}.lock")
@@ -92,7 +103,7 @@ def locked(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"another process works in {work}; wait for it, or choose another --work-dir") from error
+            raise UsageError(f"another process works in {work}; wait for it, or {otherwise}") from error
         try:
             yield
         finally:
@@ -147,7 +158,7 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int, t
         width = next(tensor.shape[1] for tensor in plan.tensors if tensor.kind == "embed")
         # Two generations of hidden states, the stream and the inputs of a layer's last linear, and the factors of one
         # unit, of which a mixture of experts has many.
-        spill = calibration_tokens * (3 * 4 * width + 2 * widest) + _factor_bytes(plan)
+        spill = calibration_tokens * (3 * 4 * width + 2 * widest) + _calibration_bytes(plan)
         # The last generation stays while tuning has two of its own.
         spill = max(spill, 4 * width * (calibration_tokens + 2 * tuning_tokens))
     shards = sum(tensor.bytes for tensor in plan.quantized)
@@ -169,11 +180,13 @@ def check_space(work: Path, output: Path, plan: Plan, calibration_tokens: int, t
             )
 
 
-def _factor_bytes(plan: Plan) -> int:
-    """The most that the factors of one unit take together."""
+def _calibration_bytes(plan: Plan) -> int:
+    """The most that the files take together that calibration makes for one unit."""
     units: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for tensor in plan.quantized:
-        units[tensor.unit][tensor.shared_input] = 4 * tensor.shape[1] ** 2
+        assert tensor.spec is not None
+        size = get_format(tensor.spec.format).calibration_bytes(tensor.spec)
+        units[tensor.unit][tensor.shared_input] = size
     return max((sum(inputs.values()) for inputs in units.values()), default=0)
 
 

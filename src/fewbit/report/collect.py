@@ -163,7 +163,7 @@ def _checkpoint(artifact: Artifact, subjects: Subjects) -> dict[str, Any]:
     formats = sorted({entry["format"] for entry in tensors if entry["kind"] == "body" and entry["format"]})
     return {
         "formats": formats,
-        "method": record.method(data["options"]),
+        "method": record.method(data),
         "options": data["options"],
         "fewbit_version": data.get("fewbit_version"),
         "source_fingerprint": data.get("source_fingerprint"),

@@ -68,8 +68,9 @@ def tuning_gain(record: Mapping[str, Any]) -> dict[str, float] | None:
     }
 
 
-def method(options: Mapping[str, Any]) -> str:
-    """How a checkpoint was made, in words, from its recorded options."""
+def method(record: Mapping[str, Any]) -> str:
+    """How a checkpoint was made, in words, from its record: what was done, not what was asked for."""
+    options = record["options"]
     if options.get("format") == "twinquant":
         words = [f"{options.get('code')}, rank {options.get('rank')}, inputs in {options.get('act_bits')} bits"]
     else:
@@ -79,11 +80,11 @@ def method(options: Mapping[str, Any]) -> str:
     elif options.get("bits"):
         words.append(f"{options['bits']:g} bits")
     if options.get("rounding") == "ldlq":
-        words.append(f"error feedback from {options.get('calib_tokens')} tokens in windows of "
-                     f"{options.get('calib_window')}")  # fmt: skip
+        tokens = max((int(tensor.get("tokens", 0)) for tensor in record["tensors"]), default=0)
+        words.append(f"error feedback from {tokens} tokens in windows of {options.get('calib_window')}")
     else:
         words.append("rounded to nearest")
-    words.append("tuned" if options.get("tune") else "not tuned")
-    if options.get("learn"):
+    words.append("tuned" if record.get("tuning") else "not tuned")
+    if record.get("learning"):
         words.append("axes learned")
     return ", ".join(words)
