@@ -29,6 +29,11 @@ SHORT = (
     "llama.cpp Q4_K_M + imatrix",
 )
 SHORT_UNTUNED = (*SHORT[:1], "trellis, no tuning", "trellis 4 bits, no tuning", *SHORT[3:])
+TWIN_STEPS = (
+    *("naive", "low-rank", "hadamard", "full, not learned, not tuned", "full, not tuned", "full"),
+    *("Hadamard + GPTQ", "SVDQuant"),
+)
+"""The order of TwinQuant's rows with inputs of one width; others follow."""
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -114,7 +119,12 @@ def twinquant(model: str, title: str) -> str:
         f"calibration tokens, half web, half Wikipedia; the off-grid reference has perplexity "
         f"{first['reference_perplexity']:.2f}. Made by `benchmarks/twinquant.py`.\n"
     )
-    return scores(measured, title) + note
+
+    def place(key: str) -> tuple[int, int]:
+        width, _, step = key.partition(" | ")[0].partition(" ")
+        return int(width.removeprefix("W4A")), TWIN_STEPS.index(step) if step in TWIN_STEPS else len(TWIN_STEPS)
+
+    return scores({key: measured[key] for key in sorted(measured, key=place)}, title) + note
 
 
 def blocks() -> str:

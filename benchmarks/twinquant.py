@@ -56,14 +56,15 @@ def measure(
     full = kept_logits(reference, text, **settings)
     model, tokenizer = load(output, torch.float32)
     scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
-    learning = json.loads((output / "fewbit.json").read_text()).get("learning")
+    record = json.loads((output / "fewbit.json").read_text())
     shutil.rmtree(work)
     row, base = scores["row"], scores["full"]
     return {
         "options": asdict(options),
         **{key: result[key] for key in ("bits_per_weight", "bytes", "mean_relative_error", "stage_seconds", "resumed")},
         "quantize_seconds": result["seconds"],
-        "learning": learning,
+        "learning": record.get("learning"),
+        "tuning": record.get("tuning"),
         "evaluate_seconds": round(time.monotonic() - started, 1),
         "reference_perplexity": base.perplexity,
         "ratio": row.perplexity / base.perplexity,
