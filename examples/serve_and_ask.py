@@ -6,6 +6,7 @@ with the program.
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import time
@@ -33,15 +34,17 @@ try:
                 raise SystemExit("the server did not start") from None
             time.sleep(0.1)
     question = {"prompt": arguments.prompt, "max_tokens": arguments.max_tokens, "temperature": 0, "stream": True}
-    request = urllib.request.Request(
-        f"{address}/v1/completions", json.dumps(question).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('FEWBIT_API_KEY', '')}"}
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(question).encode(), headers)
     with urllib.request.urlopen(request) as answer:
         for line in answer:
-            # Each event is a line that starts with "data: "; the last one is no JSON.
-            event = line.decode().removeprefix("data: ").strip()
-            if event and event != "[DONE]":
-                print(json.loads(event)["choices"][0]["text"], end="", flush=True)
+            # Each event is a line that starts with "data: ", and the last one is no JSON; other lines are comments.
+            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise SystemExit(event["error"]["message"])
+            print(event["choices"][0]["text"], end="", flush=True)
     print()
 finally:
     server.terminate()

@@ -102,6 +102,13 @@ def test_offline_the_error_is_one_line_with_pips_words_and_the_remedy(three_part
     assert "\n" not in message
 
 
+def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for fetch, name in ((assets.fetch_text, "wiki.eval"), (assets.fetch_model, "smollm2-135m")):
+        with pytest.raises(FewbitError, match=r"cannot write .*XDG_CACHE_HOME"):
+            fetch(name, tmp_path / "file")
+
+
 def test_unknown_names_are_usage_errors_that_list_the_known_ones(tmp_path):
     with pytest.raises(UsageError, match="smollm2-135m"):
         assets.fetch_model("gpt-17", tmp_path)

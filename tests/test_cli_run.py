@@ -173,6 +173,22 @@ def test_errors_are_shown_and_the_conversation_goes_on(engine):
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
 
+def test_what_looks_like_markup_or_no_number_is_an_error_like_others(engine, tmp_path):
+    lines = ["/etc[/b]", f"/save {tmp_path}/no/[/x]", "/set stop 5", f"/set max_tokens 1{'0' * 400}", "caf\udce9", "hi"]
+    talk, printed = chat(engine, lines)
+    for words in ("unknown command /etc[/b]", "cannot write", "stop takes a string", "max_tokens must", "half a char"):
+        assert words in printed
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_settings_are_set_as_they_are_shown(engine):
+    talk, printed = chat(engine, ["/set ignore_eos False", "/set seed None", "/settings"])
+    assert "ignore_eos must" not in printed
+    assert (talk._params.ignore_eos, talk._params.seed) == (False, None)
+    talk.run(["/set ignore_eos True"])
+    assert talk._params.ignore_eos is True
+
+
 def test_the_oldest_turns_make_room(engine):
     talk, printed = chat(engine, ["/system S", *(f"message number {index} of some" for index in range(6))])
     assert "the oldest turn is forgotten" in printed

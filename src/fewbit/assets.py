@@ -23,6 +23,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,13 @@ def fetch_model(name: str, cache_dir: str | Path | None = None, progress: Progre
     directory = _cache(cache_dir) / "models" / name
     target = directory / asset.file
     if not _is_intact(target, asset.sha256):
-        directory.mkdir(parents=True, exist_ok=True)
-        parts = directory.with_name(f"{name}.parts")
-        parts.mkdir(exist_ok=True)
-        _fetch_parts(asset, parts, progress)
-        _join(sorted(parts.glob("*.part")), target, asset.sha256)
-        shutil.rmtree(parts)
+        with _writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            parts = directory.with_name(f"{name}.parts")
+            parts.mkdir(exist_ok=True)
+            _fetch_parts(asset, parts, progress)
+            _join(sorted(parts.glob("*.part")), target, asset.sha256)
+            shutil.rmtree(parts)
     return directory
 
 
@@ -129,11 +131,12 @@ def fetch_text(name: str, cache_dir: str | Path | None = None, progress: Progres
     target = directory / f"{name}.txt"
     if _is_intact(target, TEXTS[name]):
         return target
-    directory.mkdir(parents=True, exist_ok=True)
     genre = name.split(".")[0]
     _report(progress, f"texts of {genre}", 0, 1)
-    for found, text in _build_texts(genre, directory):
-        _store_text(directory / f"{found}.txt", text, TEXTS[found])
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for found, text in _build_texts(genre, directory):
+            _store_text(directory / f"{found}.txt", text, TEXTS[found])
     _report(progress, f"texts of {genre}", 1, 1)
     return target
 
@@ -170,6 +173,18 @@ def _is_prose(line: str) -> bool:
 
 def _cache(cache_dir: str | Path | None) -> Path:
     return Path(cache_dir) if cache_dir is not None else default_cache_dir()
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Inside, the system's refusal to write becomes a `FewbitError` with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise FewbitError(
+            f"cannot write {error.filename or directory}: {error.strerror or error}; free some space, or choose "
+            "another directory: XDG_CACHE_HOME=DIR"
+        ) from error
 
 
 def _report(progress: Progress | None, what: str, done: int, total: int) -> None:

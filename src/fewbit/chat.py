@@ -19,6 +19,7 @@ from fewbit.errors import FewbitError, UsageError
 from fewbit.runtime.engine import Engine
 from fewbit.runtime.sampling import SamplingParams
 
+WORDS: dict[str, Any] = {"True": True, "False": False, "None": None}  # as /settings shows them
 HELP = """\
 /help              this list
 /reset             forget the conversation; the system message stays
@@ -58,7 +59,7 @@ class Chat:
                 elif line:
                     self.say(line)
             except FewbitError as error:
-                self._out.print(f"[red]{error}[/red]", markup=True, soft_wrap=True)
+                self._out.print(str(error), style="red", markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One turn: the message and its answer."""
@@ -147,8 +148,11 @@ class Chat:
         if name not in known:
             raise UsageError(f"unknown setting '{name}': choose from {', '.join(known)}")
         found: Any = value.strip()
-        with contextlib.suppress(json.JSONDecodeError):  # a stop string may be written without quotes
-            found = json.loads(found)
+        if found in WORDS:
+            found = WORDS[found]
+        else:
+            with contextlib.suppress(ValueError):  # a stop string may be written without quotes
+                found = json.loads(found)
         self._params = replace(self._params, **{name: found})
         self._remark(f"{name} is {getattr(self._params, name)}.")
 

@@ -24,6 +24,8 @@ def read_text(path: Path | None) -> str:
         raise UsageError(f"{path} is a directory; give a UTF-8 text file") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give a UTF-8 text file") from error
 
 
 def load_model(path: str, dtype: str = "bfloat16") -> tuple[Any, Any]:

@@ -333,7 +333,7 @@ def _conclude(report: dict[str, Any]) -> None:
     stdout.print(
         f"Bits are per weight, over all tensors and in the layers. {facts['tokens']} tokens of held-out text, window "
         f"{facts['window']}, the same for all; KL (nats) and top token against the full model in bf16; tokens/s "
-        f"decoding with transformers, batch 1, threads: {report['model']['threads']}. "
+        f"decoding with fewbit's engine, batch 1, threads: {report['model']['threads']}. "
         f"{human_seconds(report['total_seconds'])} in all."
     )
     for line in (

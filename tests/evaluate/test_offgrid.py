@@ -66,6 +66,14 @@ def test_biases_that_write_to_the_residual_stream_are_rotated(make_tiny):
         assert (before - off_grid(model)(ids).logits).abs().max() <= 1e-5 * before.abs().max()
 
 
+def test_mixtures_are_refused_and_left_as_they_are(make_mixture):
+    model = make_mixture("mixtral")
+    before = model.model.embed_tokens.weight.clone()
+    with pytest.raises(UsageError, match="experts"):
+        off_grid(model)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+
+
 def test_a_norm_that_feeds_no_linear_is_refused(make_tiny):
     model = make_tiny("llama")
     model.model.layers[1].extra_norm = torch.nn.RMSNorm(64)

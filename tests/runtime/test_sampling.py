@@ -167,6 +167,10 @@ def test_log_probabilities_are_those_of_the_model():
         ({"logprobs": 21}, "logprobs must be between 0 and 20"),
         ({"stop": [""]}, "stop takes"),
         ({"stop": ["x"] * 17}, "stop takes"),
+        ({"stop": 5}, "stop takes a string"),
+        ({"stop": None}, "stop takes a string"),
+        ({"ignore_eos": "False"}, "ignore_eos must be true or false"),
+        ({"max_tokens": 10**400}, "max_tokens must be between"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_what_is_allowed(settings, words):

@@ -192,6 +192,27 @@ def test_a_beginning_is_copied_from_a_sequence_that_is_still_running(make_decode
         assert item.answer[1] == expected(decoder, prompt, item.sequence.params)
 
 
+def test_a_copy_that_fails_fails_the_sequence_that_it_was_for(make_decoder, byte_tokenizer, monkeypatch):
+    decoder = make_decoder(slots=2, context=200)
+    scheduler = Scheduler(decoder)
+    shared = [9, 8, 7, 6] * 6
+    running = Asked(decoder, byte_tokenizer, shared, max_tokens=50, ignore_eos=True)
+    scheduler.add(running.sequence)
+    for _ in range(6):
+        scheduler.step()
+    other = Asked(decoder, byte_tokenizer, [*shared, 30, 31], max_tokens=5, ignore_eos=True)
+    scheduler.add(other.sequence)
+
+    def fail(source: int, target: int, length: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decoder, "copy", fail)
+    with pytest.raises(MemoryError):
+        scheduler.step()
+    scheduler.fail(MemoryError())
+    assert other.sequence.finish_reason == running.sequence.finish_reason == "error"
+
+
 def test_a_shared_system_prompt_does_not_cost_another_conversation_its_cache(make_decoder, byte_tokenizer):
     decoder = make_decoder(slots=2, context=200)
     scheduler = Scheduler(decoder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fewbit.checkpoint.artifact import Artifact
 from fewbit.checkpoint.store import read_tensors, write_tensors
@@ -17,6 +19,7 @@ from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 from fewbit.runtime import weights
 from fewbit.runtime.decoder import ending_tokens, open_decoder
+from fewbit.runtime.torch_decoder import TorchDecoder
 from fewbit.runtime.weights import PANEL, Dense, PackedWeights
 
 EMBED = "model.embed_tokens.weight"
@@ -91,6 +94,26 @@ def test_a_generation_configuration_that_is_none_is_named(checkpoint, text):
     (checkpoint / "generation_config.json").write_text(text)
     with pytest.raises(CorruptFile, match=r"generation_config\.json"):
         open_decoder(checkpoint)
+
+
+def test_a_generation_configuration_says_what_ends_a_text_in_transformers_too(tiny_models, tmp_path, monkeypatch):
+    shutil.copytree(tiny_models["tied"], tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 70]}')
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr("fewbit.runtime.decoder.load_native", lambda: None)
+        decoder, _ = open_decoder(tmp_path / "model")
+        assert decoder.eos == (2, 70)
+        decoder.close()
+
+
+def test_a_configuration_without_positions_runs_in_transformers(tmp_path, add_tokenizer, capfd):
+    config = AutoConfig.for_model("bloom", vocab_size=96, hidden_size=32, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    decoder, _ = open_decoder(tmp_path)
+    assert isinstance(decoder, TorchDecoder)
+    assert "running in transformers" in capfd.readouterr().err
 
 
 def test_what_ends_a_text_is_one_token_or_several(tmp_path):

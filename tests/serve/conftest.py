@@ -103,6 +103,9 @@ class FakeEngine:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        return fake_tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
         self.chats.append(messages)
         if messages[-1]["content"] == "no template":

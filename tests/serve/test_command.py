@@ -38,9 +38,15 @@ def test_it_listens_to_this_machine_alone_unless_told(called):
     result = invoke()
     assert result.exit_code == 0, result.output
     assert called["host"] == "127.0.0.1"
-    assert called["settings"].allowed_hosts == ("localhost", "127.0.0.1", "::1")
+    assert set(called["settings"].allowed_hosts) == {"localhost", "127.0.0.1", "::1"}
     assert called["settings"].api_key is None
     assert "warning" not in result.output
+
+
+def test_any_free_port_is_told_and_every_address_of_this_machine_may_be_used(called):
+    assert invoke("--host", "127.0.0.2").exit_code == 0
+    assert called["port"] > 0
+    assert "127.0.0.2" in called["settings"].allowed_hosts
 
 
 def test_listening_elsewhere_without_a_key_is_warned_of(called):

@@ -40,9 +40,12 @@ def off_grid(model: Any, angle: float = 0.3, seed: int = 0) -> Any:
     With Q the rotation: each norm's gain g is fused into the linears it feeds, `W -> W diag(g) Q`; the
     embedding becomes `E Q` and what writes to the stream `Q' W`. A new gain `sqrt((Q*Q)' g^2)`, which is
     what becomes of the old one's energy, is then split off again so that columns keep their norms. A tied
-    head is untied. Raises `UsageError` for families whose norms do not all commute with a rotation.
+    head is untied. Raises `UsageError` for mixtures of experts and for families whose norms do not all commute with
+    a rotation.
     """
     family = get_family(model.config.model_type)
+    if family.experts is not None:
+        raise UsageError(f"models of type '{model.config.model_type}' have experts, which are not taken off the grid")
     rotation = small_rotation(model.config.hidden_size, angle, seed)
     _check_norms(model, family)
     embed, head = model.get_submodule(family.embed), model.get_submodule(family.head)

@@ -115,9 +115,11 @@ def _run(model: torch.nn.Module | Logits, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _characters(tokenizer: Any, cuts: torch.Tensor) -> int:
-    """Characters of all predicted tokens."""
-    pieces = tokenizer.batch_decode(cuts[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return max(1, sum(len(piece) for piece in pieces))
+    """Characters of all predicted tokens, behind the first of each window: alone, some tokenizers leave out the space
+    that a text's first token begins with."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    whole, first = (tokenizer.batch_decode(ids, **options) for ids in (cuts, cuts[:, :1]))
+    return max(1, sum(map(len, whole)) - sum(map(len, first)))
 
 
 def _summary(parts: list[PositionLosses], characters: int, facts: dict[str, Any]) -> EvalResult:

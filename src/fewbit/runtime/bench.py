@@ -23,7 +23,7 @@ from fewbit.environment import cpu_name
 from fewbit.errors import UsageError
 from fewbit.ops.extension import load_native
 from fewbit.runtime.batch import Batch
-from fewbit.runtime.decoder import Decoder, open_decoder
+from fewbit.runtime.decoder import Decoder, NativeDecoder, open_decoder
 from fewbit.runtime.engine import check_threads
 from fewbit.runtime.sampling import SamplingParams, sample_rows
 
@@ -79,13 +79,13 @@ def run_bench(
         finally:
             decoder.close()
         bandwidth = read_bandwidth()
-    native = load_native()
+    native = load_native() if isinstance(decoder, NativeDecoder) else None
     return {
         "model": str(path),
         **report,
         "threads": used,
         "isa": native.isa() if native else "torch",
-        "kv": kv,
+        "kv": kv if native else "bf16",
         "cpu": cpu_name(),
         "weight_bytes_per_token": weight_bytes,
         "read_bytes_per_second": round(bandwidth),

@@ -126,7 +126,9 @@ def open_decoder(
             raise CannotLower("the native extension is missing")
         weights = open_weights(native, path)
         with damage_named(Path(path), REMEDY):
-            most = int(weights.config.max_position_embeddings)
+            most = longest_context(weights.config)
+        if most is None:
+            raise CannotLower("the configuration does not say how many positions there are")
         sizes = Sizes(slots, min(most, USUAL_CONTEXT) if context is None else context, block, threads or 0, kv)
         check_sizes(sizes, most)
         with damage_named(Path(path), REMEDY):
@@ -141,7 +143,7 @@ def open_decoder(
             context=sizes.context,
             slots=slots,
             block=block,
-            eos=ending_tokens(path, weights.config),
+            eos=ending_tokens(model_directory(path), weights.config),
         )
     except CannotLower as reason:
         if not fallback:
@@ -153,10 +155,31 @@ def open_decoder(
         from fewbit.runtime.torch_decoder import TorchDecoder
 
         logging.disable_progress_bar()
-        stderr.print(f"{reason}; running in transformers, which is much slower")
+        kept = "" if kv == "bf16" else f", with a cache in bf16 instead of {kv}"
+        stderr.print(f"{reason}; running in transformers, which is much slower{kept}", markup=False, soft_wrap=True)
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         model, tokenizer = load_any(path)
-        return TorchDecoder(model, slots, context, block), tokenizer
+        eos = ending_tokens(model_directory(path), model.config.get_text_config())
+        return TorchDecoder(model, slots, context, block, eos), tokenizer
     return decoder, tokenizer
+
+
+def longest_context(config: Any) -> int | None:
+    """The positions that a model was made for; None where its configuration does not say."""
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def model_directory(path: str | Path) -> Path:
+    """Where the files of a model are that `open_decoder` takes: for a hub id, its snapshot."""
+    if Path(path).exists():
+        return Path(path)
+    from fewbit.checkpoint.source import open_source
+
+    return open_source(path).path
 
 
 def ending_tokens(path: str | Path, config: Any) -> tuple[int, ...]:

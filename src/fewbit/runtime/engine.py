@@ -254,7 +254,10 @@ class Engine:
             tokenizer = tokenizer or found
         if tokenizer is None:
             decoder.close()
-            raise UsageError(f"{path} holds no tokenizer; copy tokenizer.json and its configuration from the model")
+            remedy = "copy tokenizer.json and its configuration from the model"
+            if Path(path).suffix == ".gguf":
+                remedy = "take a file that has one, or the model's directory"
+            raise UsageError(f"{path} holds no tokenizer; {remedy}")
         self.name = Path(path).name or str(path)
         self.tokenizer = tokenizer
         self.context = decoder.context
@@ -306,7 +309,7 @@ class Engine:
         """Ask for an answer; returns at once. `UsageError` for a prompt that is empty or does not fit the context."""
         self._loop.check_process()
         params = params or SamplingParams()
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         if not ids:
             raise UsageError("the prompt is empty; give some text")
         if len(ids) >= self.context:
@@ -333,15 +336,24 @@ class Engine:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a model's own template raises
                 raise UsageError(f"the model's chat template refuses these messages: {error}") from error
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._ids(text, add_special_tokens=False)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, which may be those already; called by any thread. Raises `UsageError` for a text with
+        halves of characters."""
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if not prompt:
             return []
         with self._encoding:
-            return list(self.tokenizer(prompt)["input_ids"])
+            return self._ids(prompt)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the text holds half a character; give it in UTF-8") from error
+        return list(self.tokenizer(text, **options)["input_ids"])
 
     def stats(self) -> dict[str, Any]:
         """Requests running and waiting, and totals since the engine was made."""

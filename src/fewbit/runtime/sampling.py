@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fewbit.checkpoint.damage import shortened
 from fewbit.errors import FewbitError, UsageError
 from fewbit.ops.extension import load_native
 
@@ -48,7 +49,12 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple):
+            raise UsageError(f"stop takes a string or a list of them, not {stop!r}")
+        object.__setattr__(self, "stop", tuple(stop))
+        if not isinstance(self.ignore_eos, bool):
+            raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
         for name, (low, high, kind) in _RANGES.items():
             value = getattr(self, name)
             if value is None and name in ("seed", "logprobs"):
@@ -56,8 +62,9 @@ class SamplingParams:
             whole = kind is int
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise UsageError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}")
-            if not (math.isfinite(value) and low <= value <= high):
-                raise UsageError(f"{name} must be between {low} and {high}, not {value}")
+            # No number is between them and a NaN.
+            if not low <= value <= high:
+                raise UsageError(f"{name} must be between {low} and {high}, not {shortened(value)}")
         if self.top_p == 0 or self.repetition_penalty == 0:
             name = "top_p" if self.top_p == 0 else "repetition_penalty"
             raise UsageError(f"{name} must be above 0; 1 turns it off")

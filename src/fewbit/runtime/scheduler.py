@@ -128,8 +128,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and any(slot.sequence is None for slot in self._slots):
+            # Copying a cache may fail; until it has not, the sequence waits.
+            slot, cached = self._place(self.waiting[0].tokens)
             sequence = self.waiting.popleft()
-            slot, cached = self._place(sequence.tokens)
             self._clock += 1
             slot.sequence, slot.left, slot.used = sequence, [], self._clock
             sequence.start(self._decoder.context, self._draft, cached)

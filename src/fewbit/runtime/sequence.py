@@ -130,4 +130,11 @@ class Sequence:
         return TokenLogprob(token, self._text(token), own, top)
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """What a token says behind the one before; alone, some tokenizers leave out the space it begins with."""
+        before = self.tokens[-2]
+        known, both = self._decoded([before]), self._decoded([before, token])
+        return both[len(known) :] if both.startswith(known) else self._decoded([token])
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text

@@ -13,25 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from fewbit.runtime.batch import Batch
-
-DEFAULT_CONTEXT = 4096
-
-
-def context_of(config: Any, wanted: int | None) -> int:
-    """Positions of the cache: what was asked for, or what the model was made for up to 4096."""
-    if wanted is not None:
-        return wanted
-    return min(int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CONTEXT), DEFAULT_CONTEXT)
-
-
-def eos_of(model: Any) -> tuple[int, ...]:
-    """The tokens that end a text, from the model's generation settings."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
-        found = getattr(model.config.get_text_config(), "eos_token_id", None)
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+from fewbit.runtime.decoder import USUAL_CONTEXT, longest_context
 
 
 class TorchDecoder:
@@ -41,13 +23,16 @@ class TorchDecoder:
     that was cut into forwards (products of different heights may round differently).
     """
 
-    def __init__(self, model: Any, slots: int = 1, context: int | None = None, block: int = 256) -> None:
+    def __init__(
+        self, model: Any, slots: int = 1, context: int | None = None, block: int = 256, eos: tuple[int, ...] = ()
+    ) -> None:
         config = model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
-        self.context = context_of(config, context)
+        most = min(longest_context(config) or USUAL_CONTEXT, USUAL_CONTEXT)
+        self.context = most if context is None else context
         self.slots = slots
         self.block = block
-        self.eos = eos_of(model)
+        self.eos = eos
         self._model = model
         # Made without the configuration, a cache keeps all positions of sliding layers, so that it can be cut anywhere.
         self._caches = [DynamicCache() for _ in range(slots)]

@@ -177,7 +177,9 @@ class ChatAnswer(Answer):
             return None
 
         def entry(text: str, logprob: float) -> dict[str, Any]:
-            return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+            # A token that is part of a character has bytes that its text does not tell.
+            whole = "\ufffd" not in text
+            return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
 
         content = [
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -43,7 +42,6 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics(engine)
         self.admission = Admission(engine.stats()["slots"], settings.queue)
-        self._tokenizing = threading.Lock()
         # Twice what a text of the longest tokens alone would have: some tokenizers shorten texts before they cut them.
         self.most_characters = 2 * engine.context * max(map(len, engine.tokenizer.get_vocab()))
 
@@ -78,10 +76,7 @@ class Service:
         """The ids of a prompt, checked. Called by several threads."""
         if isinstance(prompt, str):
             self.check_length(len(prompt))
-            with self._tokenizing:
-                ids = list(self.engine.tokenizer(prompt)["input_ids"]) if prompt else []
-        else:
-            ids = prompt
+        ids: list[int] = self.engine.encode(prompt)
         if not ids:
             raise ApiError(400, "the prompt has no tokens; give at least one", code="invalid_value", param="prompt")
         if min(ids) < 0 or max(ids) >= self.engine.vocabulary:

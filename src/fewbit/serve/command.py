@@ -44,7 +44,9 @@ AllowHost = Annotated[
 def serve(
     path: o.AnyModel,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=ACCESS)] = LOOPBACK,
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535, rich_help_panel=ACCESS)] = 8000,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0: any that is free.", min=0, max=65535, rich_help_panel=ACCESS)
+    ] = 8000,
     api_key: ApiKey = None,
     allow_host: AllowHost = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients. Default: its directory's.")] = None,
@@ -73,7 +75,7 @@ def serve(
 
     hosts = tuple(allowed.lower() for allowed in allow_host or ())
     if api_key is None and is_loopback(host):
-        hosts = (*LOOPBACK_NAMES, *hosts)
+        hosts = (*LOOPBACK_NAMES, host.lower(), *hosts)
     largest = parse_size(max_body)
     settings = Settings(
         model_name=name,
@@ -89,7 +91,7 @@ def serve(
     )
     if api_key is None and not is_loopback(host):
         _warn_open(host)
-    _check_free(host, port)
+    port = _check_free(host, port)
     _allow_files(connections + OTHER_FILES)
     options = {"slots": slots, "context": context, "threads": threads, "kv": kv, "draft": draft}
     _run(path, options, settings, server, host, port, access_log)
@@ -118,13 +120,14 @@ def _import_server() -> Any:
         raise FewbitError(f"{error.name} is missing; install the server: pip install 'fewbit[serve]'") from error
 
 
-def _check_free(host: str, port: int) -> None:
-    """Fail before the model is loaded, which may take long."""
+def _check_free(host: str, port: int) -> int:
+    """The port to listen on, a free one for 0. Fails before the model is loaded, which may take long."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+            return int(probe.getsockname()[1])
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host} port {port}: {reason}; choose others with --host, --port") from error
