@@ -21,6 +21,8 @@ def test_what_does_not_fit_is_refused():
         FMT.spec(4, 100, 8)
     with pytest.raises(UsageError, match="bits"):
         FMT.spec(4, 64, 4)
+    with pytest.raises(UsageError, match="-5 x 64 cannot be stored"):
+        FMT.spec(-5, 64, 8)
 
 
 def test_every_weight_is_within_half_a_step():

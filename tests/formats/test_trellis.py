@@ -195,6 +195,9 @@ def test_what_cannot_be_encoded_is_refused_with_a_reason():
         FORMAT.encode_group(weight[:, :32], spec, 1.0, None)
     with pytest.raises(UsageError, match="positive diagonal"):
         FORMAT.encode_group(weight, spec, 1.0, torch.zeros(64, 64))
+    weight[0, 0] = 1e22
+    with pytest.raises(NonFiniteWeights, match="too large to be squared"):
+        quantize_rotated(FORMAT, weight, spec)
     weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteWeights):
         FORMAT.encode_group(weight, spec, 1.0, None)

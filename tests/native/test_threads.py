@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def test_nothing_races_in_the_pool_whoever_uses_it(program):
 def test_a_forked_child_gets_a_pool_of_its_own(tmp_path):
     result = run(build(tmp_path), "fork")
     assert (result.returncode, result.stdout) == (0, "alone 1, callers 1, forked 1\n"), result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read as Linux tells it")
+def test_a_system_that_gives_no_more_threads_ends_in_no_error(tmp_path):
+    result = run(build(tmp_path), "limited")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_race_would_be_noticed(program):

@@ -1,8 +1,9 @@
 // Uses the pool of threads from many threads at once, in sessions, with changing sizes and in a forked child, and checks
 // every sum. Built with ThreadSanitizer, which ends the program with an error where two threads race.
 //
-// Usage: threads [race | fork], where `race` makes a mistake that has to be noticed. ThreadSanitizer has no threads after a
-// fork, so `fork` is for a program that is built without it.
+// Usage: threads [race | fork | limited], where `race` makes a mistake that has to be noticed. ThreadSanitizer has no
+// threads after a fork and takes much memory, so `fork` and `limited` are for a program that is built without it.
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -105,9 +106,22 @@ bool race() {
     return sum != 0;
 }
 
+// Where the system gives few threads or none, those that there are do the work.
+bool limited() {
+    long pages = 0;
+    if (std::FILE* file = std::fopen("/proc/self/statm", "r")) {
+        if (std::fscanf(file, "%ld", &pages) != 1) pages = 0;
+        std::fclose(file);
+    }
+    const rlim_t most = static_cast<rlim_t>(pages) * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) + (40 << 20);
+    const rlimit limit = {most, most};
+    return pages && setrlimit(RLIMIT_AS, &limit) == 0 && adds_up(64) && session(64) && adds_up(64);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
+    if (count > 1 && std::strcmp(arguments[1], "limited") == 0) return limited() ? 0 : 1;
     if (count > 1 && std::strcmp(arguments[1], "race") == 0) return race() ? 0 : 1;
     const bool child = count > 1 && std::strcmp(arguments[1], "fork") == 0;
     const bool alone = all_take_part(4) && adds_up(4) && session(3), many = callers(6), after = child && forked();

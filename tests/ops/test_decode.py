@@ -38,3 +38,14 @@ def test_the_operator_gives_what_the_format_decodes(table, placed):
     assert torch.equal(torch.ops.fewbit.decode(*decode), rotated)
     torch.testing.assert_close(module(rows), plain[rows], rtol=0, atol=1e-6)
     torch.library.opcheck(torch.ops.fewbit.decode, decode)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("ids", [[-1, 3], [0, 50]])
+def test_ids_outside_the_table_are_refused(table, placed, ids):
+    module, *_ = table
+    if placed:
+        module.place()
+    with pytest.raises(IndexError, match="not in a table of 50 rows"):
+        module(torch.tensor(ids))
+    assert module(torch.tensor([], dtype=torch.long)).shape == (0, 256)

@@ -30,6 +30,8 @@ class GroupInt8(RowwiseFormat):
     def spec(self, rows: int, cols: int, bits: int, **choices: int) -> TensorSpec:
         if bits not in self.bits:
             raise UsageError(f"format {self.name} stores {self.bits} bits, not {bits}")
+        if rows < 1 or cols < 1:
+            raise UsageError(f"a matrix of {rows} x {cols} cannot be stored")
         if cols % UNIT:
             raise UnsupportedShape(f"{cols} inputs are not a multiple of {UNIT}, the smallest group; kept in 16 bits")
         return TensorSpec(self.name, bits, rows, cols, 1, scale_group(cols, UNIT, self.group_limit))

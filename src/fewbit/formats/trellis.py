@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, replace
 from importlib import resources
 
@@ -287,6 +288,10 @@ class TrellisFormat(GroupFormat):
         _, unit = load_tables(spec.bits)
         rms = weight.float().view(spec.rows, spec.groups, spec.group).square().mean(-1).sqrt()
         largest = rms.max().item() / unit
+        if not math.isfinite(largest):
+            raise NonFiniteWeights(
+                "trellis: the weights hold NaN, infinity or what is too large to be squared; check the model"
+            )
         return torch.tensor(largest / HEADROOM, dtype=torch.float32).item() or 1.0
 
     def encode_group(

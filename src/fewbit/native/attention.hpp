@@ -2,7 +2,7 @@
 // Include inside an anonymous namespace only, after float_kernels.hpp.
 //
 // A query's chunks begin where the cache's do, whatever the tile; what it does not see has weight 0, so that chunks and
-// segments that only others of its tile see leave its state as it is, bit for bit.
+// segments that only others of its tile see leave its state as it is, bit for bit, where their values are finite.
 
 constexpr float kNothing = -1e30f;                // the maximum over no scores
 constexpr int kRowTile = 4;                       // queries that share what is loaded

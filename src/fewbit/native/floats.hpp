@@ -1,8 +1,8 @@
 // Kernels in floating point: dense products, norms, rotary positions, the cache and attention, once per instruction set.
 // Nothing here allocates, throws or knows about Python; jobs are checked before they get here.
 //
-// A token's results do not depend on what else is computed with it: every sum runs in an order that its own position
-// decides. Between instruction sets they may differ by rounding, because sums run over as many lanes as there are.
+// A token's results do not depend on what else is computed with it, as long as that is finite: every sum runs in an
+// order that its own position decides. Between instruction sets they may differ by rounding, because sums run over as many lanes as there are.
 #pragma once
 
 #include <cstddef>

@@ -14,6 +14,6 @@ constexpr int kLanes = 8;
 
 }  // namespace
 
-const FloatKernels kAvx2Floats = float_kernels_of<Vectors>();
+constexpr FloatKernels kAvx2Floats = float_kernels_of<Vectors>();
 
 }  // namespace fewbit

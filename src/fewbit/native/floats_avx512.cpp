@@ -16,6 +16,6 @@ constexpr int kLanes = 16;
 
 }  // namespace
 
-const FloatKernels kAvx512Floats = float_kernels_of<Vectors>();
+constexpr FloatKernels kAvx512Floats = float_kernels_of<Vectors>();
 
 }  // namespace fewbit

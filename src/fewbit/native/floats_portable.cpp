@@ -14,6 +14,6 @@ constexpr int kLanes = 4;
 
 }  // namespace
 
-const FloatKernels kPortableFloats = float_kernels_of<Vectors>();
+constexpr FloatKernels kPortableFloats = float_kernels_of<Vectors>();
 
 }  // namespace fewbit

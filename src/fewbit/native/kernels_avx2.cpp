@@ -65,7 +65,13 @@ struct Vec {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
+constexpr Kernels kAvx2Kernels = {"avx2", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
                               &kAvx2Product, rotate_quantize_avx2};
+
+#ifdef FEWBIT_HAVE_AVXVNNI
+// Nothing but products gains from VNNI.
+constexpr Kernels kAvxVnniKernels = {"avxvnni", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
+                                     &kAvxVnniProduct, rotate_quantize_avx2};
+#endif
 
 }  // namespace fewbit

@@ -146,7 +146,7 @@ void decode_row_group(const DecodeJob& job, int64_t index) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
+constexpr Kernels kAvx512Kernels = {"avx512", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
                                 &kAvx512Product, rotate_quantize_avx512};
 
 }  // namespace fewbit

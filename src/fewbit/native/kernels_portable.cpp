@@ -65,7 +65,7 @@ struct Vec {
 
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
+constexpr Kernels kPortableKernels = {"portable", encode_stream<Vec>, encode_row_group<Vec>, decode_row_group,
                                   &kPortableProduct, rotate_quantize_portable};
 
 }  // namespace fewbit

@@ -118,7 +118,8 @@ public:
 
     void twin_linears(const Matrices& down, const Matrices& both, const std::vector<int>& outs) {
         const int64_t cols = inputs_.rotation.cols, group = inputs_.rotation.group;
-        require(down.size() == both.size() && down.size() == outs.size(), "every matrix needs its output");
+        require(!down.empty() && down.size() == both.size() && down.size() == outs.size(),
+                "every matrix needs its output, and one matrix there must be");
         std::vector<ProductJob> first, second;
         for (size_t i = 0; i < down.size(); ++i) {
             const Matrix &a = checked(down[i], cols), &b = checked(both[i], cols + down[i]->rows());

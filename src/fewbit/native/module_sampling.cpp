@@ -1,6 +1,8 @@
 // The Python face of sampling.
 #include "arguments.hpp"
 
+#include <cmath>
+
 #include "sampling.hpp"
 
 using namespace nb::literals;
@@ -26,8 +28,10 @@ void sample_rows(const Array<float, 2>& logits, const Array<const double, 2>& se
                 "ends must ascend and stay within seen");
         start = ends.data()[row];
         const SampleSettings& s = each[row];
-        require(s.temperature >= 0 && s.top_k >= 0 && s.top_p > 0 && s.min_p >= 0 && s.min_p <= 1 && s.penalty > 0 &&
-                    s.uniform >= 0 && s.uniform < 1,
+        // 1 / temperature is taken in float32.
+        const bool warm = s.temperature == 0 || (s.temperature >= 1e-30 && s.temperature <= 1e30);
+        require(warm && s.top_k >= 0 && s.top_k == std::floor(s.top_k) && s.top_p > 0 && s.min_p >= 0 && s.min_p <= 1 &&
+                    s.penalty > 0 && std::isfinite(s.penalty) && s.uniform >= 0 && s.uniform < 1,
                 "settings of row " + std::to_string(row) + " are out of range");
     }
     for (size_t i = 0; i < seen.shape(0); ++i)

@@ -23,7 +23,7 @@ struct Dots {
 
 }  // namespace
 
-const ProductKernels kAvx2Product = {0, nullptr, panel_kernels<Narrow<Dots>>(),
+constexpr ProductKernels kAvx2Product = {0, nullptr, panel_kernels<Narrow<Dots>>(),
                                      panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX};
 
 }  // namespace fewbit

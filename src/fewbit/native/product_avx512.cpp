@@ -143,7 +143,7 @@ void multiply_few(const ProductJob& job, int64_t row_group, ProductScratch& scra
 
 }  // namespace
 
-const ProductKernels kAvx512Product = {Wide::kFew, multiply_few, panel_kernels<Wide>(),
+constexpr ProductKernels kAvx512Product = {Wide::kFew, multiply_few, panel_kernels<Wide>(),
                                        {LaneProduct::kTokens, 1, LaneProduct::kPanel, LaneProduct::pack,
                                         LaneProduct::multiply},
                                        LaneProduct::kTokens};

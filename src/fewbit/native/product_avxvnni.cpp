@@ -21,11 +21,7 @@ struct Dots {
 
 }  // namespace
 
-const ProductKernels kAvxVnniProduct = {0, nullptr, panel_kernels<Narrow<Dots>>(),
+constexpr ProductKernels kAvxVnniProduct = {0, nullptr, panel_kernels<Narrow<Dots>>(),
                                         panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX};
-
-// The rest gains nothing from VNNI.
-const Kernels kAvxVnniKernels = {"avxvnni", kAvx2Kernels.encode_stream, kAvx2Kernels.encode_row_group,
-                                 kAvx2Kernels.decode_row_group, &kAvxVnniProduct, rotate_quantize_avx2};
 
 }  // namespace fewbit

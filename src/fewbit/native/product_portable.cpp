@@ -83,6 +83,6 @@ struct Plain {
 
 }  // namespace
 
-const ProductKernels kPortableProduct = {0, nullptr, panel_kernels<Plain>(), {}, 0};
+constexpr ProductKernels kPortableProduct = {0, nullptr, panel_kernels<Plain>(), {}, 0};
 
 }  // namespace fewbit

@@ -2,7 +2,11 @@
 #include "threads.hpp"
 
 #include <atomic>
+#include <climits>
+#include <cmath>
 #include <condition_variable>
+#include <exception>
+#include <fstream>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -15,13 +19,28 @@
 namespace fewbit {
 namespace {
 
+// The cores that a container's quota of processor time amounts to, rounded up; INT_MAX where there is none.
+int quota_cores() {
+#ifdef __linux__
+    double quota = 0, period = 0;
+    if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file >> quota >> period) {
+    } else {                                      // "max", or the first version of control groups
+        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
+        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+    }
+    if (quota > 0 && period > 0) return static_cast<int>(std::min(std::ceil(quota / period), 1e6));
+#endif
+    return INT_MAX;
+}
+
 int usable_cores() {
+    static const int quota = quota_cores();
 #ifdef __linux__
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::min(CPU_COUNT(&set), quota);
 #endif
     const unsigned count = std::thread::hardware_concurrency();
-    return count ? static_cast<int>(count) : 1;
+    return count ? std::min(static_cast<int>(count), quota) : 1;
 }
 
 // The i-th pause of somebody who waits. Now and then it lets other threads have the core: what is waited for may be one
@@ -44,8 +63,12 @@ inline void pause(int i) {
 // out: it waits for those that entered, never for a worker that the system has not got round to run.
 class Pool {
 public:
-    explicit Pool(int threads) {
-        for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { serve(worker); });
+    explicit Pool(int threads) : wanted_(threads) {
+        try {
+            for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { serve(worker); });
+        } catch (const std::exception&) {
+            // The system gives no more threads, or no memory for them: those that there are do the work.
+        }
     }
 
     ~Pool() {
@@ -57,7 +80,7 @@ public:
         for (std::thread& worker : workers_) worker.join();
     }
 
-    int size() const { return static_cast<int>(workers_.size()) + 1; }
+    int wanted() const { return wanted_; }
 
     void keep_awake(bool awake) { awake_.store(awake); }
 
@@ -127,6 +150,7 @@ private:
         }
     }
 
+    const int wanted_;
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_, done_;
@@ -144,7 +168,7 @@ struct Shared {
     std::atomic<int> wanted{0};
 
     Pool& pool_of(int threads) {
-        if (pool && pool->size() != threads) {
+        if (pool && pool->wanted() != threads) {
             delete pool;
             pool = nullptr;
         }
@@ -186,10 +210,14 @@ bool in_session() { return held.threads != 0; }
 
 Session::Session(int threads) : nested_(in_session()) {
     if (nested_) return;
-    held.threads = threads;
-    if (threads == 1 || !shared->use.try_lock()) return;
-    held.pool = &shared->pool_of(threads);
-    held.pool->keep_awake(true);
+    Held now{threads, nullptr};
+    std::unique_lock<std::mutex> hold(shared->use, std::defer_lock);
+    if (threads != 1 && hold.try_lock()) {
+        now.pool = &shared->pool_of(threads);
+        now.pool->keep_awake(true);
+        hold.release();                           // the destructor's
+    }
+    held = now;
 }
 
 Session::~Session() {

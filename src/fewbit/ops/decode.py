@@ -73,6 +73,8 @@ def lookup(
         found = rows_of_all(ids.reshape(-1), named, signs, table)
         return (found * multiplier).to(dtype).view(*ids.shape, table.cols)
     unique, inverse = torch.unique(ids, return_inverse=True)
+    if unique.numel() and not 0 <= int(unique[0]) <= int(unique[-1]) < table.rows:
+        raise IndexError(f"ids from {int(unique[0])} to {int(unique[-1])} are not in a table of {table.rows} rows")
     found = rotated_rows(named, table, code, unique)
     if signs is not None:
         found = unrotate(found, unpack_signs(signs, table.cols), table.block)

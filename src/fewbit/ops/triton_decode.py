@@ -1,6 +1,6 @@
 """Weights of a tile from their codes, in Triton: one function per code, chosen when a kernel is compiled.
 
-What differs between the codes is all in this file. `decode_tile` gives integers, `finish_group` what a group's dot
+What differs between the codes is all in this file. `decode_tile` gives integers, `load_zeros` what a group's dot
 product needs beside them.
 """
 
