@@ -81,8 +81,8 @@ bench: $(STAMP)  ## Run every benchmark and write the tables (very long; goes on
 bench-encode: $(STAMP)  ## Measure how fast weights are encoded
 	@$(BIN)/python benchmarks/encode.py
 
-bench-kernels: $(STAMP)  ## Measure the kernels beside the memory's speed
-	@$(BIN)/python benchmarks/kernels.py
+bench-kernels: $(STAMP)  ## Measure the kernels beside the memory's bandwidth (into build/kernels.json)
+	@$(BIN)/python benchmarks/kernels.py --output build/kernels.json
 
 bench-peers: $(STAMP)  ## The same, with llama.cpp's kernels beside them (fetched and built once)
 	@$(BIN)/python benchmarks/kernels.py --peers

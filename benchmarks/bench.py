@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from encode import commit
+from saving import save
 
 from fewbit.assets import fetch_model
 
@@ -128,8 +129,7 @@ def run_all(
             print(f"{place}: failed: {problem}", flush=True)
         else:
             finished.append(step.name)
-            state.parent.mkdir(parents=True, exist_ok=True)
-            state.write_text(json.dumps({"commit": now, "finished": finished}))
+            save(state, {"commit": now, "finished": finished})
     return failed
 
 

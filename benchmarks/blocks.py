@@ -8,7 +8,7 @@ model some layers are rounded and their outputs' errors reported, on SmolLM2 the
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from checkpoints import CALIBRATION
 from encode import commit
 from quantizers import linears
 from references import kept_logits, reference_dir
+from saving import save
 from transformers.utils import logging
 
 from fewbit.assets import fetch_text
@@ -135,14 +136,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    # What is published is all of it.
+    part = arguments.output.with_suffix(".part.json")
     report: dict[str, Any] = {"benchmark": "blocks", "calib_tokens": arguments.calib_tokens, "rows": []}
     for name in arguments.models:
         for row in measure(name, arguments.seed, arguments.calib_tokens, arguments.tokens):
             report["rows"].append(row)
             report |= {"environment": environment(), "commit": commit()}
-            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+            save(part, report)
             losses = f", perplexity x {row['ratio']:.4f}, KL {row['kl_mean']:.4f}" if "ratio" in row else ""
             print(f"{name} {row['code']} blocks of {row['block']}: error {row['output_error']:.5f}{losses}", flush=True)
+    os.replace(part, arguments.output)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from encode import commit
+from saving import save
+
 from fewbit.assets import fetch_text
-from fewbit.checkpoint.store import write_json
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.progress import Silent
 from fewbit.pipeline.run import Placement, quantize
@@ -41,15 +45,35 @@ def work_dir(row: str, output: Path) -> Path:
 
 
 def made(reference: Path, options: QuantizeOptions, output: Path) -> dict[str, Any]:
-    """Quantize `reference` into `output` unless that is done; what the run said of itself, and the seconds of its
-    stages (those of a run that went on with another one's work are `resumed` and count that part alone)."""
+    """Quantize `reference` into `output` unless that is done with these options at this commit; what the run said of
+    itself, and the seconds of its stages (those of a run that went on with another one's work are `resumed` and count
+    that part alone)."""
     path = output.with_suffix(".json")
-    if not path.exists():
+    label = {"options": asdict(options), "commit": commit()}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if {key: found.get(key) for key in label} != label:
         stages = Stages()
         # A checkpoint without a result is of a process that was killed between the two.
         placement = Placement(fresh=output.exists())
         result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION], placement, stages)
         stages.end()
-        write_json(path, {**result.to_json(), "stage_seconds": stages.seconds})
-    found: dict[str, Any] = json.loads(path.read_text())
+        found = {**result.to_json(), "stage_seconds": stages.seconds, **label}
+        save(path, found)
     return found
+
+
+def forget(work: Path) -> None:
+    """Remove what `made` left in a row's directory, first what says that it is complete."""
+    for path in work.glob("*.json"):
+        path.unlink()
+    shutil.rmtree(work)
+
+
+def unlike(report: dict[str, Any], settings: dict[str, int]) -> dict[str, int] | None:
+    """The tokens, window and calibration tokens that some row of a report has in place of `settings`, if any."""
+    for row in report["rows"].values():
+        calibrated = row["options"]["calib_tokens"] or settings["calib_tokens"]
+        found = {"window": row["window"], "tokens": row["tokens"], "calib_tokens": calibrated}
+        if found != settings:
+            return found
+    return None

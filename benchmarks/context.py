@@ -19,6 +19,7 @@ import torch
 from checkpoints import made, work_dir
 from encode import commit
 from references import reference_dir
+from saving import save
 
 from fewbit.assets import fetch_text
 from fewbit.checkpoint.source import open_source
@@ -38,7 +39,7 @@ STEPS = 32
 
 def checkpoint(model: str, output: Path) -> Path:
     """The 3-bit form of the model, calibrated, made once for a commit."""
-    directory = work_dir(f"{model} {commit()}", output)
+    directory = work_dir(model, output) / "checkpoint"
     made(reference_dir(model, 0), OPTIONS, directory)
     return directory
 
@@ -129,7 +130,7 @@ def main() -> None:
             row["decode"] = speeds(path, list(KV_TYPES), cuts[0], depths, arguments.threads, arguments.rounds)
             report |= {"threads": arguments.threads, "rounds": arguments.rounds, "speed_environment": environment()}
         report |= {"commit": commit(), "environment": environment()}
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        save(arguments.output, report)
         print(f"{name}: {json.dumps(row)}", flush=True)
 
 

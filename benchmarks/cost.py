@@ -20,6 +20,7 @@ import torch
 from big import SHAPE, fewbit, shapes
 from encode import commit
 from references import reference_dir
+from saving import save
 from transformers import LlamaConfig
 
 from fewbit.checkpoint.source import open_source
@@ -119,7 +120,7 @@ def main() -> None:
 
     def keep(key: str, row: dict[str, Any]) -> None:
         report["rows"][key] = {**row, "commit": commit(), "environment": environment()}
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        save(arguments.output, report)
         print(key, json.dumps(row), flush=True)
 
     for name, config in LARGER.items():
@@ -132,7 +133,7 @@ def main() -> None:
             prediction = foreseen(model, SETTINGS[settings])
             if key in report["rows"]:
                 report["rows"][key]["predicted"] = prediction
-                arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                save(arguments.output, report)
             else:
                 keep(key, {"predicted": prediction, **measured(model, SETTINGS[settings])})
 

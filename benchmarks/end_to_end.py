@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import torch
 from encode import commit
 from peers import PACKAGE, VERSION
 from references import reference_dir
+from saving import save
 from transformers.utils import logging
 
 from fewbit.assets import default_cache_dir, fetch_model
@@ -98,7 +100,8 @@ def resident_peak(pid: int) -> int:
 
 
 def fewbit_speeds(path: Path, threads: int) -> dict[str, float]:
-    numbers = ("--prompt-tokens", str(PROMPT), "--gen-tokens", str(GENERATED), "--threads", str(threads))
+    numbers = ["--prompt-tokens", str(PROMPT), "--gen-tokens", str(GENERATED), "--threads", str(threads)]
+    numbers += ["--repeats", "1"]
     report = json.loads(fewbit("bench", str(path), *numbers, "--json")[0])
     return {
         "prefill": report["prefill"][0]["tokens_per_second"],
@@ -117,8 +120,10 @@ def torch_speeds(model: Any, threads: int) -> dict[str, float]:
     """transformers' model in bfloat16 with its own cache."""
     torch.set_num_threads(threads)
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
+    # As the others: warm, and with the logits of the last position alone.
+    model(ids[:, :8], use_cache=True)
     started = time.perf_counter()
-    state = model(ids, use_cache=True)
+    state = model(ids, use_cache=True, logits_to_keep=1)
     prefilled = time.perf_counter()
     cache, token = model(ids[:, :1], use_cache=True).past_key_values, state.logits[:, -1:].argmax(-1)
     begun = time.perf_counter()
@@ -196,7 +201,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=everyone, default=everyone, metavar="CONTESTANT")
     parser.add_argument("--output", type=Path, default=OUTPUT / "end_to_end.json")
     arguments = parser.parse_args()
+    whole = arguments.output == parser.get_default("output")
+    if whole and any(getattr(arguments, name) != parser.get_default(name) for name in ("models", "threads", "only")):
+        parser.error("the published table is of all contestants; give another --output for some of them")
     logging.disable_progress_bar()
+    # What is published is all of it.
+    part = arguments.output.with_suffix(".part.json")
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
         for threads in arguments.threads:
@@ -212,7 +222,8 @@ def main() -> None:
                 "environment": environment(),
                 "commit": commit(),
             }
-            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+            save(part, report)
+    os.replace(part, arguments.output)
 
 
 if __name__ == "__main__":

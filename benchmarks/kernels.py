@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="measure llama.cpp's kernels, too (builds them once)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
+    if not args.peers and args.output.exists() and json.loads(args.output.read_text())["peers"]:
+        parser.error(f"{args.output} has llama.cpp's kernels, too; give --peers or another --output")
     native = load_native()
     if native is None:
         raise SystemExit("kernels: the native extension is not built; there is nothing to measure")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,23 @@ SETTINGS = {
     "LLAMA_BUILD_TESTS": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_SERVER": "OFF",
-    # GCC 12 drops stores to the tile configuration, and ggml's AMX kernels crash with it.
-    "CMAKE_C_FLAGS": "-mno-amx-tile",
-    "CMAKE_CXX_FLAGS": "-mno-amx-tile",
 }
+# GCC 12 drops stores to the tile configuration, and ggml's AMX kernels crash with it.
+NO_AMX = "-mno-amx-tile"
 TOOLS = ("llama-bench", "llama-quantize")
 
 
 def tools() -> Path:
     """The directory of the built tools."""
     cache = default_cache_dir() / "peers"
-    return cmake_build(fetch(cache), cache, "llama", SETTINGS, list(TOOLS)) / "bin"
+    flags = {"CMAKE_C_FLAGS": NO_AMX, "CMAKE_CXX_FLAGS": NO_AMX} if accepted(NO_AMX) else {}
+    return cmake_build(fetch(cache), cache, "llama", {**SETTINGS, **flags}, list(TOOLS)) / "bin"
+
+
+def accepted(flag: str) -> bool:
+    """Whether the compiler, which other processors have others of, knows a flag."""
+    command = [os.environ.get("CXX", "c++"), flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def made_file(source: Path, kind: str, directory: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,12 +16,13 @@ from typing import Any
 
 import python_peers
 import torch
-from checkpoints import CALIBRATION, made, work_dir
+from checkpoints import CALIBRATION, forget, made, unlike, work_dir
 from encode import commit
 from peers import PACKAGE, VERSION
 from python_peers import PYTHON_PEERS, PythonRecipe
 from quantizers import MIXES, Recipe, kept_importance_matrix, requantize
 from references import kept_logits, reference_dir
+from saving import save
 from transformers.utils import logging
 
 from fewbit.assets import fetch_text
@@ -110,7 +110,7 @@ def measure(
         models["kernels"] = packed
     found = scores(reference, models, tokenizer, texts, settings)
     tuning = json.loads((output / "fewbit.json").read_text()).get("tuning")
-    shutil.rmtree(work)
+    forget(work)
     return {
         "options": asdict(options),
         **{key: result[key] for key in ("bits_per_weight", "bytes", "peak_memory_bytes", "mean_relative_error")},
@@ -189,6 +189,8 @@ def main() -> None:
     # Loading a model is not what this program reports on.
     logging.disable_progress_bar()
     settings = {"window": arguments.window, "tokens": arguments.tokens}
+    if other := unlike(report, {**settings, "calib_tokens": arguments.calib_tokens}):
+        parser.error(f"{output} has rows of {other}; give another --output")
     for seed in arguments.seeds:
         reference = reference_dir(arguments.model, seed)
         peers = [*PEERS, *python_peers.fitting(open_source(reference))] if arguments.peers else []
@@ -205,7 +207,7 @@ def main() -> None:
                 options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
                 row = measure(reference, options, arguments.texts, settings, work_dir(key, output))
             report["rows"][key] = {**row, "commit": commit(), "environment": environment()}
-            output.write_text(json.dumps(report, indent=1) + "\n")
+            save(output, report)
             print(f"{key}: perplexity x {row['ratio']:.4f}, KL {row['kl_mean']:.4f}", flush=True)
 
 

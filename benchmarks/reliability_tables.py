@@ -70,7 +70,8 @@ def storm_rows(report: dict[str, Any]) -> list[list[str]]:
         met = answers.get(f"{kind} {wanted}", 0) + answers.get(f"{kind} 429", 0)
         lines.append([f"{words}: {status}", tried, met, tried - met])
     end = report["shutdown"]
-    lines.append(["answers running at SIGTERM", end["open"], end["complete"], end["open"] - end["complete"]])
+    running, lost = end["unfinished_at_the_signal"], end["open"] - end["complete"]
+    lines.append(["answers running at SIGTERM", running, running - lost, lost])
     return [[str(cell) for cell in line] for line in lines]
 
 

@@ -221,7 +221,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or toy_checkpoint(Path(directory))
@@ -233,7 +233,15 @@ def main() -> None:
     report[name] = {**about, **settings, "prompts": PROMPTS, **result}
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report[name], indent=2))
+    bad = ("lost", "mixed", "server_errors", "unexpected", "key_in_log", "tracebacks_in_log")
+    wrong = [key for key in bad if result[key]]
+    end = result["shutdown"]
+    if end["exit_code"] or end["complete"] < end["open"]:
+        wrong.append("shutdown")
+    if wrong:
+        print(f"not as it should be: {', '.join(wrong)}")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -153,7 +153,7 @@ def cost() -> str:
     report, lines, machines = json.loads(made.read_text()), [], []
     shape, big = report["rows"]["8B shape | nearest"], RESULTS / "big.json"
     whole = json.loads(big.read_text()) if big.exists() else {}
-    if whole.get("weights") == shape["weights"]:
+    if whole.get("weights") == shape["weights"] and whole["options"] == ["--rounding", "nearest"]:
         shape |= {key: whole[key] for key in ("seconds", "peak_memory_bytes", "environment")}
     for key, row in sorted(report["rows"].items(), key=lambda item: (item[0].partition(" | ")[2], item[1]["weights"])):
         model, _, settings = key.partition(" | ")

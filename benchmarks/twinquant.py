@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import CALIBRATION, made, work_dir
+from checkpoints import CALIBRATION, forget, made, unlike, work_dir
 from encode import commit
 from quality import RESULTS
 from references import kept_logits, reference_dir
+from saving import save
 from transformers.utils import logging
 
 from fewbit.assets import fetch_text
@@ -57,7 +57,7 @@ def measure(
     model, tokenizer = load(output, torch.float32)
     scores = evaluate_many({"full": full, "row": model}, tokenizer, text, full, **settings)
     record = json.loads((output / "fewbit.json").read_text())
-    shutil.rmtree(work)
+    forget(work)
     row, base = scores["row"], scores["full"]
     return {
         "options": asdict(options),
@@ -91,6 +91,8 @@ def main() -> None:
     logging.disable_progress_bar()
     text = fetch_text(arguments.text).read_text(encoding="utf-8")
     settings = {"window": arguments.window, "tokens": arguments.tokens}
+    if other := unlike(report, {**settings, "calib_tokens": arguments.calib_tokens}):
+        parser.error(f"{output} has rows of {other}; give another --output")
     for seed in arguments.seeds:
         for name in arguments.rows:
             key = f"{name} | seed {seed}"
@@ -100,7 +102,7 @@ def main() -> None:
             options = replace(ROWS[name], calib_tokens=arguments.calib_tokens)
             row = measure(reference, options, text, settings, work_dir(key, output))
             report["rows"][key] = {**row, "commit": commit(), "environment": environment()}
-            output.write_text(json.dumps(report, indent=1) + "\n")
+            save(output, report)
             print(f"{key}: perplexity x {row['ratio']:.4f}, KL {row['kl_mean']:.4f}", flush=True)
 
 

@@ -25,7 +25,7 @@ EOF
 # The package indexes of some machines have a build of torch for processors alone, under the same version.
 rm -rf build/lock-torch
 torch=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' build/all.lock)
-"$python" -m pip -qq --disable-pip-version-check download --no-deps -d build/lock-torch "$torch"
+"$venv/bin/python" -m pip -qq --disable-pip-version-check download --no-deps -d build/lock-torch "$torch"
 for wheel in build/lock-torch/*+cpu-*.whl; do
     [ -f "$wheel" ] || continue
     version=$(basename "$wheel" | cut -d - -f 2)

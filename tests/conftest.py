@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from fewbit.assets import fetch_model, fetch_text
-from fewbit.errors import FewbitError
+from fewbit.errors import CorruptFile, FewbitError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -29,6 +29,8 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 def _or_skip(fetch, name: str) -> Path:
     try:
         return fetch(name)
+    except CorruptFile:
+        raise
     except FewbitError as error:
         pytest.skip(str(error))
 

@@ -150,8 +150,8 @@ def test_a_request_that_takes_too_long_is_ended(serve, until):
 
 def test_a_stream_that_takes_too_long_ends_with_an_error(serve, until):
     served = serve(Settings(request_timeout=0.3))
-    stream = served.client().completions.create(model="fake", prompt="a", max_tokens=900, stream=True)
     served.engine.go.clear()
+    stream = served.client().completions.create(model="fake", prompt="a", max_tokens=900, stream=True)
     with pytest.raises(openai.APIError, match="limit"):
         list(stream)
     until(lambda: served.engine.stats()["running"] == 0)
