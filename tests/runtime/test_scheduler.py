@@ -173,20 +173,26 @@ def test_a_prompt_that_begins_like_an_earlier_one_begins_behind_it(make_decoder,
     assert total == len(prompt) + 2 * len(turn)
 
 
-def test_a_beginning_is_copied_from_a_sequence_that_is_still_running(make_decoder, byte_tokenizer):
-    decoder = make_decoder(slots=2, context=200)
+def beginning_alike(decoder, tokenizer) -> tuple[Scheduler, Asked, Asked]:
+    """A scheduler with a sequence that runs, and one that waits and begins with the same 24 tokens."""
     scheduler = Scheduler(decoder)
     shared = [9, 8, 7, 6] * 6
-    running = Asked(decoder, byte_tokenizer, shared, max_tokens=50, ignore_eos=True)
+    running = Asked(decoder, tokenizer, shared, max_tokens=50, ignore_eos=True)
     scheduler.add(running.sequence)
     for _ in range(6):
         scheduler.step()
-    other = Asked(decoder, byte_tokenizer, [*shared, 30, 31], max_tokens=5, ignore_eos=True)
+    other = Asked(decoder, tokenizer, [*shared, 30, 31], max_tokens=5, ignore_eos=True)
     scheduler.add(other.sequence)
+    return scheduler, running, other
+
+
+def test_a_beginning_is_copied_from_a_sequence_that_is_still_running(make_decoder, byte_tokenizer):
+    decoder = make_decoder(slots=2, context=200)
+    scheduler, running, other = beginning_alike(decoder, byte_tokenizer)
     while scheduler.step():
         pass
     assert decoder.copies == 1
-    assert other.sequence.cached_tokens == len(shared)
+    assert other.sequence.cached_tokens == 24
     for item in (running, other):
         prompt = item.sequence.tokens[: item.sequence.prompt_tokens]
         assert item.answer[1] == expected(decoder, prompt, item.sequence.params)
@@ -194,14 +200,7 @@ def test_a_beginning_is_copied_from_a_sequence_that_is_still_running(make_decode
 
 def test_a_copy_that_fails_fails_the_sequence_that_it_was_for(make_decoder, byte_tokenizer, monkeypatch):
     decoder = make_decoder(slots=2, context=200)
-    scheduler = Scheduler(decoder)
-    shared = [9, 8, 7, 6] * 6
-    running = Asked(decoder, byte_tokenizer, shared, max_tokens=50, ignore_eos=True)
-    scheduler.add(running.sequence)
-    for _ in range(6):
-        scheduler.step()
-    other = Asked(decoder, byte_tokenizer, [*shared, 30, 31], max_tokens=5, ignore_eos=True)
-    scheduler.add(other.sequence)
+    scheduler, running, other = beginning_alike(decoder, byte_tokenizer)
 
     def fail(source: int, target: int, length: int) -> None:
         raise MemoryError
