@@ -176,6 +176,8 @@ def packed_linear(
 ) -> torch.Tensor:
     """The product of quantized inputs with a packed matrix, `[T, N]` in `dtype`.
 
+    `q` lies within +-127, as inputs are quantized; kernels may take -128 for another number.
+
     `q`, `scale`, `sums` as from `rotate_quantize`; `codes`, `scales`, `tensor_scale` and, for the trellis, `tables` as
     the format stores them: `code` is "trellis" (2, 3 or 4 bits), "lanes" (the same, rearranged: ops/layouts.py),
     "nibbles" (the int4 format), or "tiles", "ternary" or "iq3_s" (ops/gpu_layouts.py). `bias` is float `[N]` or None.
