@@ -28,6 +28,7 @@ from fewbit.evaluate import EvalResult, evaluate_many
 from fewbit.evaluate.tails import RotatedLayer, heaviest_tails, rounding_errors, tails
 from fewbit.loading import load, load_any
 from fewbit.math.hadamard import random_signs
+from fewbit.ops.extension import load_native
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import Plan
 from fewbit.pipeline.run import Placement, prepare, quantize
@@ -250,6 +251,7 @@ def speeds(texts: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _model_facts(settings: DemoSettings, source: Source, plan: Plan, calibration: list[Path]) -> dict[str, Any]:
+    native = load_native()
     return {
         "name": settings.model_name,
         "type": plan.model_type,
@@ -257,7 +259,7 @@ def _model_facts(settings: DemoSettings, source: Source, plan: Plan, calibration
         "source_bytes": source.path.stat().st_size,
         "weights": plan.totals()["weights"],
         "calibration": [path.name for path in calibration],
-        "threads": torch.get_num_threads(),
+        "threads": native.num_threads() if native else torch.get_num_threads(),
     }
 
 

@@ -77,7 +77,7 @@ class EncodedGroup:
     error: torch.Tensor | None
 
 
-HELD_TOKENS = 512
+HELD_TOKENS = 512  # inputs that calibration keeps as they are, at most
 
 
 @dataclass(frozen=True)

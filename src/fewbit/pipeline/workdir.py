@@ -73,7 +73,7 @@ def open_work(work: Path, plan: Plan, facts: dict[str, Any], fresh: bool, keep: 
     earlier = None if fresh else earlier_plan(work)
     if earlier is None:
         check_work(work)
-    if earlier is not None:
+    else:
         if earlier.identity != plan.identity:
             raise UsageError(
                 f"{work} holds an interrupted run with {difference(earlier, plan)}; "

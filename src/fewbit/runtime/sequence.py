@@ -126,14 +126,17 @@ class Sequence:
 
     def _logprob(self, token: int, logits: np.ndarray) -> TokenLogprob:
         own, alternatives = log_probabilities(logits, token, self.params.logprobs or 0)
-        top = tuple((index, self._text(index), value) for index, value in alternatives)
-        return TokenLogprob(token, self._text(token), own, top)
-
-    def _text(self, token: int) -> str:
-        """What a token says behind the one before; alone, some tokenizers leave out the space it begins with."""
         before = self.tokens[-2]
-        known, both = self._decoded([before]), self._decoded([before, token])
-        return both[len(known) :] if both.startswith(known) else self._decoded([token])
+        known = self._decoded([before])
+
+        def text(token: int) -> str:
+            """What a token says behind the one before; alone, some tokenizers leave out the space it begins with."""
+            both = self._decoded([before, token])
+            return both[len(known) :] if both.startswith(known) else self._decoded([token])
+
+        return TokenLogprob(
+            token, text(token), own, tuple((index, text(index), value) for index, value in alternatives)
+        )
 
     def _decoded(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
