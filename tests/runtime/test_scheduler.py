@@ -111,6 +111,26 @@ def test_log_probabilities_are_the_same_with_drafts(make_decoder, byte_tokenizer
     assert all(entry.logprob == entry.top[0][2] and entry.token_id == entry.top[0][0] for entry in found[0])
 
 
+class Stripping:
+    """Words behind a space, which is left out where a text begins, as SentencePiece's decoders have it."""
+
+    def decode(self, tokens: list[int], **options: bool) -> str:
+        return "".join(f" w{token}" for token in tokens).removeprefix(" ")
+
+
+def test_tokens_of_log_probabilities_keep_the_space_that_they_begin_with(make_decoder):
+    decoder = make_decoder(slots=1)
+    scheduler = Scheduler(decoder)
+    asked = Asked(decoder, Stripping(), [5, 6], max_tokens=8, logprobs=3, ignore_eos=True)
+    scheduler.add(asked.sequence)
+    while scheduler.step():
+        pass
+    logprobs = join_pieces(asked.pieces)[2]
+    assert len(logprobs) == 8
+    assert all(words == f" w{token}" for entry in logprobs for token, words, _ in entry.top)
+    assert all(entry.text == f" w{entry.token_id}" for entry in logprobs)
+
+
 def test_a_long_prompt_does_not_stall_the_others(make_decoder, byte_tokenizer):
     decoder = make_decoder(slots=4, context=1000, block=40)
     scheduler = Scheduler(decoder)

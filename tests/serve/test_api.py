@@ -9,6 +9,7 @@ import threading
 import httpx2
 import pytest
 
+from fewbit.runtime.results import Piece, TokenLogprob
 from fewbit.serve.answers import LOWEST_LOGPROB, ChatAnswer, Choice, CompletionAnswer
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -215,6 +216,13 @@ def test_logprobs_of_a_completion(shared):
     ):
         assert top[token] == logprob == max(top.values()) < 0
     assert complete(shared.client(), logprobs=0).choices[0].logprobs.top_logprobs[0].keys() == {choice.text[0]}
+
+
+def test_a_token_that_is_part_of_a_character_has_no_bytes():
+    choice = Choice()
+    choice.add(Piece("a", (1, 2), (TokenLogprob(1, "a", -0.5, ()), TokenLogprob(2, "\ufffd", -0.5, ())), "stop"))
+    content = ChatAnswer("fake", True).choice(0, choice)["logprobs"]["content"]
+    assert [entry["bytes"] for entry in content] == [[97], None]
 
 
 def test_logprobs_of_a_chat(shared):
