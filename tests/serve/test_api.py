@@ -235,7 +235,6 @@ def test_logprobs_of_a_chat(shared):
 
 
 def test_impossible_tokens_have_a_logprob_that_json_can_hold():
-    from fewbit.runtime.engine import TokenLogprob
 
     token = TokenLogprob(1, "a", float("-inf"), ((2, "b", float("-inf")),))
     for answer in (CompletionAnswer("m", True), ChatAnswer("m", True)):
@@ -244,7 +243,6 @@ def test_impossible_tokens_have_a_logprob_that_json_can_hold():
 
 
 def test_alternatives_with_one_text_keep_the_likelier():
-    from fewbit.runtime.engine import TokenLogprob
 
     token = TokenLogprob(3, "\ufffd", -3.0, ((1, "\ufffd", -0.5), (2, "b", -1.0)))
     choice = CompletionAnswer("m", True).choice(0, Choice("", 1, [token], "stop"))
