@@ -1,7 +1,8 @@
 """Runs every script of this directory, the short ones first, and writes the tables of the docs from their results.
 
 A script that fails is named at the end and keeps nobody else from running. What a run that was cut off has finished is
-not run again by the next one at the same commit; `--again` starts from the beginning.
+not run again by the next one at the same commit, and rows that take minutes to hours are kept whatever their commit is;
+`--again` forgets both and starts from the beginning.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from fewbit.assets import fetch_model
 
 HERE = Path(__file__).resolve().parent
 STATE = HERE.parent / "build" / "bench.json"
+RESULTS = HERE / "results"
+KEPT = ("quality-*.json", "twinquant-*.json", "cost.json")  # results whose scripts go on with the rows that are there
 QUANTIZING = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 SMALL, LARGE = "smollm2-135m", "qwen2.5-coder-1.5b"
 
@@ -98,6 +101,13 @@ def finished_before(state: Path, now: str | None) -> list[str]:
     return report["finished"] if report["commit"] == now else []
 
 
+def forget(state: Path, results: Path) -> None:
+    """Leave nothing that the next run would go on with."""
+    state.unlink(missing_ok=True)
+    for file in (found for pattern in KEPT for found in results.glob(pattern)):
+        save(file, {**json.loads(file.read_text()), "rows": {}})
+
+
 def run_step(step: Step) -> str | None:
     """Run a script with its output on the terminal; why it failed, or None."""
     try:
@@ -135,9 +145,9 @@ def run_all(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--again", action="store_true", help="run what is finished at this commit, too")
+    parser.add_argument("--again", action="store_true", help="measure everything anew, rows that are kept included")
     if parser.parse_args().again:
-        STATE.unlink(missing_ok=True)
+        forget(STATE, RESULTS)
     try:
         failed = run_all(STEPS, STATE, commit())
     except KeyboardInterrupt:
@@ -149,7 +159,7 @@ def main() -> int:
             failed[step.name] = problem
     for name, problem in failed.items():
         print(f"bench: {name} failed: {problem}")
-    print(f"bench: {len(failed)} failed; results are in {HERE / 'results'}")
+    print(f"bench: {len(failed)} failed; results are in {RESULTS}")
     return 1 if failed else 0
 
 

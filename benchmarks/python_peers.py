@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from peers import run
-from quantizers import OTHER_BITS, WINDOW, linears
+from quantizers import OTHER_BITS, WINDOW, input_widths, linears
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -102,12 +102,7 @@ PYTHON_PEERS = {
 
 def fitting(source: Source) -> list[str]:
     """The rows whose groups divide the inputs of every linear in the layers of a model."""
-    config = source.config
-    inputs = {
-        source.tensor(f"{name}.weight").shape[1]
-        for layer, name in linears(get_family(config.model_type), config.num_hidden_layers)
-        if layer == 0
-    }
+    inputs = input_widths(source)
     return [
         name
         for name, recipe in PYTHON_PEERS.items()

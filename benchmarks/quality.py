@@ -20,7 +20,7 @@ from checkpoints import CALIBRATION, forget, made, unlike, work_dir
 from encode import commit
 from peers import PACKAGE, VERSION
 from python_peers import PYTHON_PEERS, PythonRecipe
-from quantizers import MIXES, Recipe, kept_importance_matrix, requantize
+from quantizers import MIXES, Recipe, fitting, kept_importance_matrix, requantize
 from references import kept_logits, reference_dir
 from saving import save
 from transformers.utils import logging
@@ -193,7 +193,8 @@ def main() -> None:
         parser.error(f"{output} has rows of {other}; give another --output")
     for seed in arguments.seeds:
         reference = reference_dir(arguments.model, seed)
-        peers = [*PEERS, *python_peers.fitting(open_source(reference))] if arguments.peers else []
+        source = open_source(reference)
+        peers = [*fitting(PEERS, source), *python_peers.fitting(source)] if arguments.peers else []
         for text in arguments.texts:
             # Before other models are there.
             kept_logits(reference, fetch_text(text).read_text(encoding="utf-8"), **settings)

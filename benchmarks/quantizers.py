@@ -46,6 +46,7 @@ FALLBACK = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
+BLOCK = 256  # weights in a block of all types but the fallbacks
 OTHER_BITS = 16  # of a weight outside the decoder layers' linears
 
 
@@ -59,6 +60,10 @@ class Recipe:
 
     mix: str
     pad: bool = False
+
+    @property
+    def pure(self) -> bool:
+        return self.mix.startswith("pure ")
 
 
 def mixed_type(mix: str, role: str, layer: int, layers: int, queries_per_key: int) -> str:
@@ -150,6 +155,25 @@ def linears(family: Family, layers: int) -> Iterator[tuple[int, str]]:
         for shared in family.inputs:
             for name in shared.linears:
                 yield layer, f"{family.layers}.{layer}.{name}"
+
+
+def input_widths(source: Source) -> set[int]:
+    """How many inputs the linears of the decoder layers have."""
+    config = source.config
+    return {
+        source.tensor(f"{name}.weight").shape[1]
+        for layer, name in linears(get_family(config.model_type), config.num_hidden_layers)
+        if layer == 0
+    }
+
+
+def fitting(recipes: dict[str, Recipe], source: Source) -> list[str]:
+    """The names of recipes that make sense for a model.
+
+    Padding is for rows that blocks do not divide; there, one type alone would be another type without it.
+    """
+    divided = all(cols % BLOCK == 0 for cols in input_widths(source))
+    return [name for name, recipe in recipes.items() if (not recipe.pad if divided else recipe.pad or not recipe.pure)]
 
 
 @torch.no_grad()

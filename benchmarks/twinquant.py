@@ -28,22 +28,29 @@ from fewbit.loading import load
 from fewbit.pipeline.options import ABLATIONS, QuantizeOptions, ablated
 
 BASE = QuantizeOptions(format="twinquant", head="bf16")
-RANKS = (32, 64, 256)  # beside the usual 128
+RANKS = {"smollm2-135m": (64,), "qwen2.5-coder-1.5b": (256,)}
+"""Ranks beside the usual 128 that a model's linears can have: whole groups of 64 or 128, a quarter of the narrower side
+at most."""
+SVD_RANK = 34  # in 16 bits, which take the bytes of four times the rank in four
 STEPS = {
     **{step: ablated(BASE, step) for step in ABLATIONS},
     "full, not tuned": replace(BASE, tune=False),
     "full, not learned, not tuned": replace(BASE, learn=False, tune=False),
     **{
         f"full, rank {rank}, not learned, not tuned": replace(BASE, rank=rank, learn=False, tune=False)
-        for rank in RANKS
+        for rank in sorted({rank for ranks in RANKS.values() for rank in ranks})
     },
     "full, no branch": replace(BASE, rank=0),
     "full, no branch, not learned, not tuned": replace(BASE, rank=0, learn=False, tune=False),
     "Hadamard + GPTQ": replace(BASE, rank=0, smooth=False, center=False, learn=False, tune=False),
-    # A branch of 16 bits takes the bytes of four times the rank in four.
-    "SVDQuant": replace(BASE, code="svdquant", rank=34, smooth=False, center=False),
+    "SVDQuant": replace(BASE, code="svdquant", rank=SVD_RANK, smooth=False, center=False),
 }
 ROWS = {f"W4A{bits} {name}": replace(options, act_bits=bits) for bits in (4, 8, 16) for name, options in STEPS.items()}
+
+
+def rows_of(model: str) -> list[str]:
+    """The names of rows that say something of their own about a model."""
+    return [name for name, options in ROWS.items() if options.rank in (0, BASE.rank, SVD_RANK, *RANKS.get(model, ()))]
 
 
 def measure(
@@ -80,7 +87,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--text", default="wiki.eval", help="wiki.valid to choose by, wiki.eval to report on")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     output = arguments.output or RESULTS / f"twinquant-{arguments.model}.json"
@@ -94,7 +101,7 @@ def main() -> None:
     if other := unlike(report, {**settings, "calib_tokens": arguments.calib_tokens}):
         parser.error(f"{output} has rows of {other}; give another --output")
     for seed in arguments.seeds:
-        for name in arguments.rows:
+        for name in arguments.rows or rows_of(arguments.model):
             key = f"{name} | seed {seed}"
             if key in report["rows"]:
                 continue

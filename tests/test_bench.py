@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from fewbit.formats import get_format
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -90,3 +93,32 @@ def test_a_script_that_ends_badly_or_cannot_be_prepared_is_a_failure(bench, tmp_
     assert bench.run_step(bench.Step("good.py", ("--long",), prepare=lambda: ["model"])) is None
     assert bench.run_step(bench.Step("bad.py")) == "exit 4"
     assert bench.run_step(bench.Step("good.py", prepare=no_model)) == "OSError: no network"
+
+
+def test_starting_again_forgets_rows_and_keeps_what_else_results_say(bench, tmp_path):
+    state = tmp_path / "bench.json"
+    state.write_text("{}")
+    for name in ("quality-small.json", "twinquant-small.json", "cost.json", "encode.json"):
+        (tmp_path / name).write_text(json.dumps({"benchmark": name, "rows": {"a": 1}}))
+    bench.forget(state, tmp_path)
+    assert not state.exists()
+    left = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert [name for name, report in sorted(left.items()) if report["rows"]] == ["encode.json"]
+    assert all(report["benchmark"] == name for name, report in left.items())
+
+
+def test_ranks_that_come_to_others_are_not_measured_twice(import_benchmark):
+    twinquant = import_benchmark("twinquant")
+    shapes = {
+        "smollm2-135m": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
+        "qwen2.5-coder-1.5b": [(1536, 1536), (256, 1536), (8960, 1536), (1536, 8960)],
+    }
+    for model, sizes in shapes.items():
+        found = {}
+        for name in twinquant.rows_of(model):
+            options = twinquant.ROWS[name]
+            choose = get_format(options.format_name).spec
+            specs = tuple(choose(*size, 4, **options.spec_choices) for size in sizes)
+            found.setdefault((specs, replace(options, rank=0)), []).append(name)
+        assert [names for names in found.values() if len(names) > 1] == []
+        assert any(twinquant.ROWS[name].rank == twinquant.RANKS[model][0] for name in twinquant.rows_of(model))

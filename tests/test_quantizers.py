@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -250,3 +251,20 @@ def test_a_model_holds_what_ggml_decodes(ggml, tiny_models):
     decoded = ggml.quantize_rows("Q4_K", ggml.padded(exact, 256), ggml.padded(importance[name], 256))[1]
     assert torch.equal(model.get_submodule(name).weight, decoded[:, : exact.shape[1]])
     assert facts["bits_per_weight"]["body_without_padding"] == 4.5
+
+
+@pytest.mark.parametrize(
+    ("model", "widths", "padded", "pure"), [("odd", {64, 96}, True, False), ("tied", {256}, False, True)]
+)
+def test_padding_is_for_rows_that_blocks_do_not_divide(
+    quantizers, monkeypatch, tiny_models, model, widths, padded, pure
+):
+    _, source = open_tiny(tiny_models[model])
+    monkeypatch.setattr(quantizers, "input_widths", lambda _: widths)
+    recipes = {name: quantizers.Recipe(name, pad) for name, pad in (("IQ3_S", False), ("pure Q4_K", False))}
+    recipes |= {f"{name}, padded": replace(recipe, pad=True) for name, recipe in recipes.items()}
+    names = quantizers.fitting(recipes, source)
+    assert "IQ3_S" in names
+    assert ("IQ3_S, padded" in names) is padded
+    assert ("pure Q4_K" in names) is pure
+    assert ("pure Q4_K, padded" in names) is padded
