@@ -16,10 +16,13 @@ TEMPLATE = (
 
 
 def toy_model(directory: Path) -> Path:
-    """A random two-layer LLaMA with 512 positions, a token per printable ASCII character, and a chat template."""
+    """A random two-layer LLaMA with 512 positions, a token per printable ASCII character, and a chat template.
+
+    It is just wide enough for twinquant's branches.
+    """
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=96, num_key_value_heads=2, max_position_embeddings=512, eos_token_id=2, **sizes)
+    sizes = {"hidden_size": 160, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 5}
+    config = LlamaConfig(vocab_size=96, num_key_value_heads=1, max_position_embeddings=512, eos_token_id=2, **sizes)
     LlamaForCausalLM(config).save_pretrained(directory)
     vocabulary = {"<unk>": 0, **{chr(code): code - 31 for code in range(32, 127)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

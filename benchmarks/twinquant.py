@@ -40,6 +40,7 @@ STEPS = {
         f"full, rank {rank}, not learned, not tuned": replace(BASE, rank=rank, learn=False, tune=False)
         for rank in sorted({rank for ranks in RANKS.values() for rank in ranks})
     },
+    "full, whitened, not learned, not tuned": replace(BASE, init="whitened", learn=False, tune=False),
     "full, no branch": replace(BASE, rank=0),
     "full, no branch, not learned, not tuned": replace(BASE, rank=0, learn=False, tune=False),
     "Hadamard + GPTQ": replace(BASE, rank=0, smooth=False, center=False, learn=False, tune=False),

@@ -269,6 +269,30 @@ def tiny_models(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
+BRANCHED = {
+    "hidden_size": 160,
+    "intermediate_size": 288,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+@pytest.fixture(scope="session")
+def branched():
+    """Sizes for `make_tiny` that leave every linear but k and v room for a low-rank branch, of rank 32."""
+    return BRANCHED
+
+
+@pytest.fixture(scope="session")
+def branched_dir(tmp_path_factory) -> Path:
+    """A random Qwen2 of these sizes with biases and a character tokenizer."""
+    directory = tmp_path_factory.mktemp("model-branched")
+    tiny_model("qwen2", **BRANCHED).save_pretrained(directory)
+    save_character_tokenizer(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory) -> Path:
     """A little text for calibrating and evaluating tiny models."""

@@ -59,7 +59,12 @@ def quantize(
     rotate: o.Rotate = True,
     rounding: o.Rounding = "ldlq",
     rank: o.Rank = 128,
+    branch_init: o.BranchInit = "svd",
     act_bits: o.ActBits = 8,
+    smooth: o.Smooth = True,
+    center: o.Center = True,
+    learn: o.Learn = None,
+    learn_steps: o.LearnSteps = 0,
     ablation: o.Ablation = "full",
     dry_run: o.DryRun = False,
     calib: o.Calib = None,
@@ -97,7 +102,12 @@ def quantize(
         tune=tune,
         tune_steps=tune_steps,
         rank=rank,
+        init=branch_init,
         act_bits=act_bits,
+        smooth=smooth,
+        center=center,
+        learn=learn,
+        learn_steps=learn_steps,
     )
     options = ablated(options, ablation)
     placement = Placement(work_dir, executor, workers, fresh, ray_address)

@@ -27,6 +27,27 @@ Code = Annotated[
 ]
 Rank = Annotated[int, typer.Option(help="Rank of the low-rank branch; narrow matrices get less.", rich_help_panel=TWIN)]
 ActBits = Annotated[int, typer.Option(help="Bits of the inputs: 4, 8 or 16.", rich_help_panel=TWIN)]
+BranchInit = Annotated[
+    str,
+    typer.Option(
+        help="Where the branch begins: svd (most of the weight's own energy) or whitened (most of the outputs').",
+        rich_help_panel=TWIN,
+    ),
+]
+Smooth = Annotated[
+    bool,
+    typer.Option(help="Fold in the scales that make inputs cheapest to quantize.", rich_help_panel=TWIN),
+]
+Center = Annotated[bool, typer.Option(help="Take the mean off inputs before they are quantized.", rich_help_panel=TWIN)]
+Learn = Annotated[
+    bool | None,
+    typer.Option(
+        help="Learn the axes before rounding. Default: for models of up to 2 billion weights.", rich_help_panel=TWIN
+    ),
+]
+LearnSteps = Annotated[
+    int, typer.Option(help="Steps of learning at most; 0: fewer for larger models.", rich_help_panel=TWIN)
+]
 Ablation = Annotated[
     str,
     typer.Option(

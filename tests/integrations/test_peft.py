@@ -21,10 +21,10 @@ IDS = torch.arange(24).view(2, 12) % 90 + 3
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tiny_models, tmp_path_factory):
+def checkpoints(tiny_models, branched_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     quantize(tiny_models["tied"], root / "trellis", QuantizeOptions(rounding="nearest"))
-    quantize(tiny_models["biased"], root / "twin", QuantizeOptions(format="twinquant", rounding="nearest"))
+    quantize(branched_dir, root / "twin", QuantizeOptions(format="twinquant", rounding="nearest"))
     return root
 
 

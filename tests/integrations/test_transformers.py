@@ -25,16 +25,18 @@ def compiled_anew():
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tiny_models, tmp_path_factory):
-    """Directories "tied" (LLaMA) and "biased" (Qwen2), and the same by TwinQuant, "tied-twin" and "biased-twin"."""
+def checkpoints(tiny_models, branched_dir, tmp_path_factory):
+    """Directories "tied" (LLaMA) and "biased" (Qwen2), and by TwinQuant "tied-twin", without branches, and
+    "branched-twin" (Qwen2)."""
     root = tmp_path_factory.mktemp("checkpoints")
     for name in ("tied", "biased"):
         quantize(tiny_models[name], root / name, QuantizeOptions(rounding="nearest"))
-        quantize(tiny_models[name], root / f"{name}-twin", QuantizeOptions(format="twinquant", rounding="nearest"))
+    for name, source in (("tied", tiny_models["tied"]), ("branched", branched_dir)):
+        quantize(source, root / f"{name}-twin", QuantizeOptions(format="twinquant", rounding="nearest"))
     return root
 
 
-ALL = pytest.mark.parametrize("name", ["tied", "biased", "tied-twin", "biased-twin"])
+ALL = pytest.mark.parametrize("name", ["tied", "biased", "tied-twin", "branched-twin"])
 IDS = torch.arange(24).view(2, 12) % 90 + 3
 
 
@@ -186,7 +188,7 @@ def test_formats_without_kernels_compile_too(tiny_models, tmp_path, code):
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tied", "biased-twin"])
+@pytest.mark.parametrize("name", ["tied", "branched-twin"])
 def test_compiled_machine_code_generates_the_same_tokens(checkpoints, name):
     model = from_pretrained(checkpoints / name)
     options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -254,7 +256,7 @@ def test_gradients_pass_through_with_checkpointing(checkpoints):
 LOAD = "import sys\nfrom transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
 
 
-@pytest.mark.parametrize("name", ["tied", "biased-twin"])
+@pytest.mark.parametrize("name", ["tied", "branched-twin"])
 def test_transformers_stops_without_fewbit(checkpoints, name):
     done = outside("import sys\nsys.modules['fewbit'] = None\n" + LOAD, checkpoints / name)
     assert done.returncode == 1

@@ -294,6 +294,68 @@ def test_mixtures_of_experts_work_too(make_mixture, tiny_models, calibration_tex
 
 
 @pytest.mark.parametrize("learn", [False, True])
+def test_norms_behind_blocks_leave_the_stream_unturned(
+    make_tiny, branched, tiny_models, calibration_text, tmp_path, learn
+):
+    model = make_tiny("gemma3_text", True, **branched, query_pre_attn_scalar=32, sliding_window=24)
+    model.save_pretrained(tmp_path / "model")
+    copy_tokenizer(tiny_models["tied"], tmp_path / "model")
+    # Tuning folds its gains into norms that multiply with 1 plus what is stored.
+    chosen = options(rank=32, learn=learn, learn_steps=16 if learn else 0, tune=learn, tune_steps=16 if learn else 0)
+    quantize(tmp_path / "model", tmp_path / "out", chosen, [calibration_text])
+    artifact, transform = Artifact.open(tmp_path / "out"), Transform.load(tmp_path / "out" / TRANSFORM)
+    assert transform.residual is None
+    assert transform.values
+    assert transform.scales
+    assert any(module.spec.rank for module in artifact.modules.values())
+    assert [problem for _, problem in artifact.verify(open_source(tmp_path / "model")) if problem] == []
+    assert distance(tmp_path / "model", tmp_path / "out", calibration_text) < 0.2
+    source, ids = open_source(tmp_path / "model"), torch.arange(64)[None] % 90 + 3
+    with torch.no_grad():
+        exact, moved = (load_plain(s, torch.float32)(ids).logits for s in (source, EquivalentSource(source, transform)))
+    assert (moved - exact).abs().max() < 1e-3 * exact.abs().max()
+    if learn:
+        history = artifact.record["learning"]["history"]
+        assert min(look["held"] for look in history) <= history[0]["held"]
+
+
+def rows_of_u(directory: Path) -> dict[str, torch.Tensor]:
+    """The rows of U of a checkpoint by module, float32."""
+    artifact = Artifact.open(directory)
+    fmt = get_format("twinquant")
+    return {
+        name: fmt.components(artifact.parts(module), module.spec).down
+        for name, module in artifact.modules.items()
+        if module.spec.rank
+    }
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_branch_begins_on_the_directions_that_are_named(wide_dir, calibration_text, tmp_path, learn):
+    rows = {}
+    for init in ("svd", "whitened"):
+        out = tmp_path / init
+        steps = {"learn": learn, "learn_steps": 1 if learn else 0}
+        quantize(wide_dir, out, options(init=init, rank=64, calib_tokens=2048, **steps), [calibration_text])
+        assert distance(wide_dir, out, calibration_text) < 0.1
+        rows[init] = rows_of_u(out)
+    for name, first in rows["svd"].items():
+        onto = torch.linalg.qr(first.T.double()).Q
+        second = torch.linalg.qr(rows["whitened"][name].T.double()).Q
+        # Of 64 directions some are shared, but the subspaces are not the same.
+        shared = float((onto.T @ second).square().sum()) / 64
+        assert 0.2 < shared < 0.98
+
+
+def test_a_rank_that_nothing_takes_is_told(tiny_models, tmp_path):
+    notes: list[str] = []
+    progress = Silent()
+    progress.note = notes.append
+    quantize(tiny_models["tied"], tmp_path / "out", options(rounding="nearest", rank=32), progress=progress)
+    assert [note for note in notes if "takes a branch of rank 32" in note] != []
+
+
+@pytest.mark.parametrize("learn", [False, True])
 def test_an_expert_that_no_token_reaches_is_rounded_and_reported(
     make_mixture, tiny_models, calibration_text, tmp_path, learn
 ):
@@ -320,6 +382,8 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_reported(
         ({"code": "svdquant", "learn": True}, "neither learned nor tuned"),
         ({"learn": True, "smooth": False}, "axes are learned from"),
         ({"act_bits": 5}, "4, 8 or 16 bits, not 5"),
+        ({"init": "random"}, "unknown beginning 'random' of a branch"),
+        ({"init": "whitened", "rounding": "nearest"}, "needs calibration text"),
         ({"rank": -2}, "rank of a branch cannot be -2"),
         ({"bits": 3}, "code twin stores 4 bits, not 3"),
         ({"bits": 3.5}, "code twin stores 4 bits only"),
@@ -330,5 +394,7 @@ def test_what_the_format_does_not_offer_is_refused(choices, message):
         options(**choices)
     with pytest.raises(UsageError, match="unknown ablation 'most'"):
         ablated(options(), "most")
+    with pytest.raises(UsageError, match="for --format twinquant alone"):
+        QuantizeOptions(learn=True)
     with pytest.raises(UsageError, match="belongs to --format twinquant"):
         ablated(QuantizeOptions(), "naive")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from conftest import save_character_tokenizer, tiny_model
+from conftest import BRANCHED, save_character_tokenizer, tiny_model
 from fewbit.checkpoint.source import open_source
 from fewbit.pipeline.jobs import RoundJob, round_tensor
 from fewbit.pipeline.options import QuantizeOptions
@@ -27,7 +27,9 @@ def make_seeds(root: Path) -> dict[str, Path]:
     save_character_tokenizer(found["sharded"])
     quantize(found["plain"], found["trellis"], PLAN_OPTIONS)
     twin = QuantizeOptions(format="twinquant", rounding="nearest", rank=32, act_bits=8, head="bf16")
-    quantize(found["sharded"], found["twinquant"], twin)
+    tiny_model("qwen2", num_hidden_layers=1, **BRANCHED).save_pretrained(root / "branched")
+    save_character_tokenizer(root / "branched")
+    quantize(root / "branched", found["twinquant"], twin)
     found["gguf"].mkdir()
     write_gguf(found["gguf"] / "model.gguf", tiny_model("llama", num_hidden_layers=1), "Q8_0")
     found["tokenizer"].mkdir()

@@ -46,11 +46,11 @@ assert not {"torch", "transformers"} & set(sys.modules)
 
 
 @pytest.fixture(scope="module")
-def packed(make_tiny, add_tokenizer, tmp_path_factory):
+def packed(make_tiny, branched, add_tokenizer, tmp_path_factory):
     """A function from a format to a small checkpoint."""
     root = tmp_path_factory.mktemp("packed")
     plain = root / "plain"
-    make_tiny("llama", rope_parameters=LLAMA3).save_pretrained(plain)
+    make_tiny("llama", rope_parameters=LLAMA3, **branched).save_pretrained(plain)
     add_tokenizer(plain)
 
     def make(name: str):

@@ -82,23 +82,8 @@ class EquivalentSource(Source):
         self._dtype = dtype
         self._residual = None if transform.residual is None else transform.residual.to(dtype)
         self._rotated_tie = self._residual is not None and source.tied_embeddings
-        if self._residual is not None:
-            self._check_norms()
-
-    def _check_norms(self) -> None:
-        width = self.source.shape(f"{self.family.embed}.weight")[1]
-        known = {self.family.final_norm}
-        for name in self.source.names():
-            place = self.family.place(name.removesuffix(".weight"))
-            if place is not None and any(shared.norm == place.name for shared in self.family.inputs):
-                known.add(name.removesuffix(".weight"))
-        for name in self.source.names():
-            module = name.removesuffix(".weight")
-            if module.endswith("norm") and self.source.shape(name) == (width,) and module not in known:
-                raise UsageError(
-                    f"{name}: a gain that feeds no linear does not commute with a turn of the stream; use --format "
-                    "itq3_s for this model"
-                )
+        if self._residual is not None and (norm := loose_norm(source)):
+            raise UsageError(f"{norm}: a gain that feeds no linear does not commute with a turn of the stream")
 
     @property
     def rotated_tie(self) -> bool:
@@ -233,6 +218,21 @@ class EquivalentSource(Source):
 
     def copy_tokenizer(self, out_dir: str | Path) -> None:
         self.source.copy_tokenizer(out_dir)
+
+
+def loose_norm(source: Source) -> str | None:
+    """The first norm on the residual stream that feeds no linear, which keeps the stream from being turned; None where
+    there is none."""
+    family: Family = get_family(source.config.model_type)
+    width = source.shape(f"{family.embed}.weight")[1]
+    names = [name for name in source.names() if name.endswith("norm.weight") and source.shape(name) == (width,)]
+    for name in names:
+        module = name.removesuffix(".weight")
+        place = family.place(module)
+        known = place is not None and any(shared.norm == place.name for shared in family.inputs)
+        if not known and module != family.final_norm:
+            return name
+    return None
 
 
 def equivalent(source: Source, directory: Path) -> Source:

@@ -139,9 +139,7 @@ class TwinQuant(Format):
             hessian = torch.eye(spec.cols)
         directions = calibration.get("directions")
         if directions is None:
-            leading = leading_directions(matrix, spec.rank, hessian, "svd")
-            moment = leading.double() @ hessian.double() @ leading.double().T
-            directions = balanced(leading, moment, float(hessian.diagonal().double().mean()))
+            directions = branch_axes(matrix, spec.rank, hessian, "svd")
         rounded = quantize_rotated(int4, directions, down_spec(spec), factor)
         down, parts = rounded.values, {DOWN + name: part for name, part in rounded.parts.items()}
         noise = self._branch_noise(calibration.get("held"), hessian, down, spec)
@@ -183,6 +181,14 @@ class TwinQuant(Format):
     def dequantize(self, parts: dict[str, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         found = self.components(parts, spec)
         return found.residual + found.up @ found.down if spec.rank else found.residual
+
+
+def branch_axes(matrix: torch.Tensor, rank: int, hessian: torch.Tensor, init: str) -> torch.Tensor:
+    """U before it is rounded, float32 `[r, K]`: the leading directions of a rotated weight `[N, K]` as `init` says (see
+    `leading_directions`), on axes where rounding h costs least for inputs of second moment `hessian [K, K]`."""
+    leading = leading_directions(matrix, rank, hessian, init)
+    moment = leading.double() @ hessian.double() @ leading.double().T
+    return balanced(leading, moment, float(hessian.diagonal().double().mean()))
 
 
 def both_spec(spec: TensorSpec) -> TensorSpec:

@@ -20,9 +20,11 @@ from fewbit.checkpoint.equivalent import equivalent
 from fewbit.checkpoint.source import Source, SourceRows, open_source
 from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
 from fewbit.errors import CorruptFile, NonFiniteWeights
-from fewbit.formats import get_format
-from fewbit.math.hadamard import pack_signs, random_signs, unrotate
-from fewbit.math.rounding import decoded_error
+from fewbit.formats import TensorSpec, get_format
+from fewbit.formats.twinquant import branch_axes
+from fewbit.math.hadamard import pack_signs, random_signs, rotate, unrotate
+from fewbit.math.lowrank import INITS
+from fewbit.math.rounding import decoded_error, one_thread
 from fewbit.pipeline.plan import Plan, PlannedTensor
 
 PLAN_FILE = "plan.json"
@@ -71,11 +73,13 @@ def round_tensor(job: RoundJob) -> dict[str, Any]:
     spec = tensor.spec
     assert spec is not None
     calibration = read_tensors(work / job.calibration)[0] if job.calibration else {}
-    if spec.rank and (work / BRANCHES).exists():
-        calibration["directions"] = read_tensors(work / BRANCHES)[0][tensor.module]
     signs = tensor_signs(tensor)
+    rows = SourceRows(source, tensor.name)
     try:
-        rows = SourceRows(source, tensor.name)
+        if spec.rank and (work / BRANCHES).exists():
+            calibration["directions"] = read_tensors(work / BRANCHES)[0][tensor.module]
+        elif spec.rank and plan.options["init"] != INITS[0] and calibration and spec.format == "twinquant":
+            calibration["directions"] = _directions(rows, spec, signs, calibration["hessian"], plan.options["init"])
         quantized = get_format(spec.format).quantize(rows, spec, signs, calibration)
     except NonFiniteWeights as error:
         raise NonFiniteWeights(f"{tensor.name} holds NaN or infinity; the source model is damaged") from error
@@ -91,6 +95,17 @@ def round_tensor(job: RoundJob) -> dict[str, Any]:
         **{key: float(f"{value:.6g}") for key, value in facts.items()},
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _directions(
+    rows: SourceRows, spec: TensorSpec, signs: torch.Tensor | None, hessian: torch.Tensor, init: str
+) -> torch.Tensor:
+    """Where the branch of a weight begins that no learning has begun, float32 `[r, K]`."""
+    weight = rows[0 : spec.rows].float()
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteWeights("a weight is not finite")
+    with one_thread():
+        return branch_axes(weight if signs is None else rotate(weight, signs, spec.block), spec.rank, hessian, init)
 
 
 def write_shard(

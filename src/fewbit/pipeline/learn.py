@@ -9,6 +9,7 @@ transform and, for the branches, into the rows of U that rounding starts from.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fewbit.checkpoint.equivalent import TRANSFORM, EquivalentSource, Transform
+from fewbit.checkpoint.equivalent import TRANSFORM, EquivalentSource, Transform, loose_norm
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import write_json, write_tensors
 from fewbit.formats.base import TensorSpec
 from fewbit.math.hadamard import rotate
 from fewbit.math.inputs import straight_through
-from fewbit.math.lowrank import balanced, leading_directions
+from fewbit.math.lowrank import INITS, balanced, leading_directions
 from fewbit.math.manifolds import MOST_CONDITION, Invertible, Orthogonal
 from fewbit.models import Family, get_family
 from fewbit.pipeline.calibrate import LayerStream, full_precision
@@ -43,14 +44,14 @@ TEACHER = "learning-full"
 
 
 class Axes(nn.Module):
-    """Everything that is learned, from a smoothing transform on."""
+    """Everything that is learned, from a smoothing transform on; `residual` is None where the stream stays as it is."""
 
     def __init__(self, source: Source, family: Family, start: Transform, width: int) -> None:
         super().__init__()
         self.source = source
         self.family = family
         self.start = start
-        self.residual = Orthogonal(torch.eye(width))
+        self.residual = None if loose_norm(source) else Orthogonal(torch.eye(width))
         self.gains = _zeros(start.gains)
         self.scales = _zeros(start.scales)
         self.values = nn.ModuleDict({_key(name): Orthogonal(_identities(head)) for name, head in start.values.items()})
@@ -59,7 +60,7 @@ class Axes(nn.Module):
     def transform(self) -> Transform:
         """The transform as it stands; gradients flow through its tensors."""
         return Transform(
-            self.residual(),
+            None if self.residual is None else self.residual(),
             {name: gain * self.gains[_key(name)].exp() for name, gain in self.start.gains.items()},
             {name: scale * self.scales[_key(name)].exp() for name, scale in self.start.scales.items()},
             {name: heads @ self.values[_key(name)]() for name, heads in self.start.values.items()},
@@ -73,8 +74,8 @@ class Axes(nn.Module):
 
     def deviation(self) -> float:
         """How far the rotations are from orthogonal, in the worst entry."""
-        rotations = [self.residual, *self.values.values()]
-        return max(rotation.deviation() for rotation in rotations)  # type: ignore[operator]
+        rotations = [*([] if self.residual is None else [self.residual]), *self.values.values()]
+        return max((rotation.deviation() for rotation in rotations), default=0.0)  # type: ignore[operator]
 
     def condition(self) -> float:
         """The worst condition number of a branch's factor."""
@@ -103,7 +104,8 @@ class LearnedLinear(nn.Module):
 
     `weight [N, K]` and `bias [N]` are the source's. A branch has `U = G start` on the axes of the moment, and V takes
     what U can give, so that `V U` does not depend on G but for rounding. `start` is on axes of h that suit the first
-    inputs to come. `behind_norm` says that nothing but one map `[K, K]` happens to the weight's columns.
+    inputs to come; with `init` "whitened" these decide on its directions, too. `behind_norm` says that nothing but one
+    map `[K, K]` happens to the weight's columns.
     """
 
     def __init__(
@@ -113,9 +115,11 @@ class LearnedLinear(nn.Module):
         bias: torch.Tensor | None,
         center: bool = True,
         behind_norm: bool = False,
+        init: str = INITS[0],
     ) -> None:
         super().__init__()
         assert tensor.spec is not None
+        self.init = init
         self.center = center
         self.name = tensor.module
         self.unit = tensor.unit
@@ -161,6 +165,10 @@ class LearnedLinear(nn.Module):
         h, energy = rows @ start.T, float(rows.square().mean())
         if energy == 0.0:
             return
+        if self.init != INITS[0]:
+            hessian = rows.T @ rows + energy * torch.eye(self.spec.cols)
+            start = leading_directions(self.moved(), self.spec.rank, hessian / (rows.shape[0] + 1), self.init)
+            h = rows @ start.T
         moment = h.T @ h + energy * start @ start.T
         self.start, self.balanced = balanced(start, moment / (rows.shape[0] + 1), energy), True
 
@@ -224,8 +232,10 @@ class Learner:
         least = 2 * WINDOWS_PER_STEP
         if self.windows.shape[0] < least:
             self.progress.note(f"not learned: that takes {least} windows of calibration text at least")
-            start, width = self.axes.start, self.axes.residual().shape[0]
-            Transform(torch.eye(width), start.gains, start.scales, start.values).save(self.work / TRANSFORM)
+            # The plan counts on a stream that is turned where it can be, if only by the identity.
+            turn = self.axes.residual
+            residual = None if turn is None else torch.eye(turn().shape[0])
+            replace(self.axes.start, residual=residual).save(self.work / TRANSFORM)
             return
         self.teacher.run()
         self._load()
@@ -244,18 +254,23 @@ class Learner:
             bias = None if linear.bias is None else self.source.tensor(f"{tensor.module}.bias")
             norm = self.family.inputs[tensor.input_number].norm
             self.linears[tensor.module] = LearnedLinear(
-                tensor, self.source.tensor(tensor.name), bias, bool(self.plan.options["center"]), norm is not None
+                tensor,
+                self.source.tensor(tensor.name),
+                bias,
+                bool(self.plan.options["center"]),
+                norm is not None,
+                self.plan.options["init"],
             )
             model.set_submodule(tensor.module, self.linears[tensor.module])
         for part in (*(f"{self.family.layers}.{index}" for index in range(len(self.stream))), self.family.final_norm):
             self.stream.load(part)
         self.gain = self.source.tensor(f"{self.family.final_norm}.weight")
-        for name in (*self.axes.start.gains, self.family.final_norm):
-            _set(model.get_submodule(name), "weight", torch.ones_like(self.gain))
+        if self.axes.residual is not None:
+            _set(model.get_submodule(self.family.final_norm), "weight", torch.ones_like(self.gain))
         self._find_kept()
         table = self.source.tensor(f"{self.family.embed}.weight")
         used, self.ids = torch.unique(self.windows, return_inverse=True)
-        self.embed = table[used]
+        self.embed = self.stream.set_rows(table[used])
         self.head = table if self.source.tied_embeddings else self.source.tensor(f"{self.family.head}.weight")
         self._move()
         branches = [linear for linear in self.linears.values() if linear.spec.rank]
@@ -281,8 +296,8 @@ class Learner:
                 found = self.source.tensor(bias) if bias in self.source.names() else None
                 self.kept[name] = (self.source.tensor(f"{name}.weight"), found)
 
-    def _move(self) -> torch.Tensor:
-        """Put the axes of the moment into the model; the residual stream's rotation.
+    def _move(self) -> torch.Tensor | None:
+        """Put the axes of the moment into the model; the residual stream's rotation, if it is turned.
 
         All that happens to inputs behind a norm is one matrix, which takes a single product with the weight where its
         factors would go over it one by one. It is made here, as layers may be computed twice.
@@ -300,19 +315,21 @@ class Learner:
             _set(module, "weight", live.outputs(live.columns(weight, name), name))
             if bias is not None:
                 _set(module, "bias", live.outputs(bias, name))
-        assert live.transform.residual is not None
         return live.transform.residual
 
     def _loss(self, batch: int) -> torch.Tensor:
         """The divergence over one batch of windows."""
         residual = self._move()
-        hidden = (self.embed @ residual)[self.ids.split(WINDOWS_PER_STEP)[batch]]
+        hidden = self.embed(self.ids.split(WINDOWS_PER_STEP)[batch])
+        hidden = hidden if residual is None else hidden @ residual
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             for index in range(len(self.stream)):
                 layer = partial(self.stream.call_layer, index)
                 hidden = checkpoint(layer, hidden, use_reentrant=False) if self.recompute else layer(hidden)
         norm = self.stream.model.get_submodule(self.family.final_norm)
-        last = norm(hidden).flatten(0, 1) @ residual.T * self.gain
+        last = norm(hidden).flatten(0, 1)
+        if residual is not None:
+            last = last @ residual.T * self.gain
         return Divergence.apply(last, self.head, self.teacher.hidden(batch), self.head)
 
     def _learn(self) -> dict[str, Any]:
@@ -347,11 +364,12 @@ class Learner:
         """The rows of U that rounding starts from, and the transform, its rotation orthogonal to float64: the last
         file, which says that all is done."""
         found = self.axes.transform()
-        assert found.residual is not None
-        left, _, right = torch.linalg.svd(found.residual.double())
         branches = {name: linear.down() for name, linear in self.linears.items() if linear.start is not None}
         write_tensors(self.work / BRANCHES, branches)
-        Transform(left @ right, found.gains, found.scales, found.values).save(self.work / TRANSFORM)
+        if found.residual is not None:
+            left, _, right = torch.linalg.svd(found.residual.double())
+            found = replace(found, residual=left @ right)
+        found.save(self.work / TRANSFORM)
 
 
 def weight_bytes(plan: Plan) -> int:

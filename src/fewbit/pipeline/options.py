@@ -13,6 +13,7 @@ from typing import Any
 from fewbit.environment import multiplies_bfloat16
 from fewbit.errors import UsageError
 from fewbit.formats import get_format
+from fewbit.math.lowrank import INITS
 
 CODES = {
     "itq3_s": {"trellis": "trellis", "ternary": "ternary", "iq3_s": "iq3_s", "lloyd8": "lloyd8"},
@@ -51,11 +52,13 @@ class QuantizeOptions:
     """The choices of one run.
 
     `format`, `code` ("": the first one of the format) and `bits` (0: 3, or 4 for twinquant) say how the linears of the
-    decoder layers are stored, `head` how the output head and the embeddings are. Of twinquant, `rank` is that of the
-    low-rank branch and `act_bits` the width of inputs. With `smooth`, scales that make inputs cheaper to quantize are
-    folded into norms, up and value projections; with `center`, the mean of inputs is taken off before they are
-    quantized; with `learn` (None: for models of up to 2 billion weights) axes are learned before rounding, in at most
-    `learn_steps` steps (0: fewer for larger models).
+    decoder layers are stored, `head` how the output head and the embeddings are.
+
+    Of twinquant, `rank` is that of the low-rank branch, which begins on the directions that `init` names ("svd": those
+    of the weight's own energy, "whitened": those of the outputs'), and `act_bits` the width of inputs. With `smooth`,
+    scales that make inputs cheaper to quantize are folded into norms, up and value projections; with `center`, the mean
+    of inputs is taken off before they are quantized; with `learn` (None: for models of up to 2 billion weights) axes
+    are learned before rounding, in at most `learn_steps` steps (0: fewer for larger models).
 
     A fractional number of `bits` is a mean, everything stored counted, that tensors of 2, 3 and 4 bits come to, chosen
     by measured sensitivity; `target_bytes` gives the size of all the model's tensors in its place. Head "auto" joins
@@ -88,6 +91,7 @@ class QuantizeOptions:
     tune_steps: int = 0
     tune_rate: float = 1e-3
     rank: int = 128
+    init: str = INITS[0]
     act_bits: int = 8
     smooth: bool = True
     center: bool = True
@@ -109,6 +113,8 @@ class QuantizeOptions:
             raise UsageError(f"unknown code '{self.code}' of {self.format}: choose one of {', '.join(codes)}")
         if self.format == "twinquant":
             self._check_twinquant()
+        elif self.learn or self.learn_steps:
+            raise UsageError("axes are learned for --format twinquant alone")
         if self.head not in HEADS:
             raise UsageError(f"unknown head format '{self.head}': choose one of {', '.join(HEADS)}")
         if self.rounding not in ROUNDINGS:
@@ -143,6 +149,12 @@ class QuantizeOptions:
             raise UsageError("svdquant is a control that is neither learned nor tuned")
         if self.learn and not self.smooths:
             raise UsageError("axes are learned from calibration text and measured scales: use ldlq and smoothing")
+        if self.init not in INITS:
+            raise UsageError(f"unknown beginning '{self.init}' of a branch: choose {' or '.join(INITS)}")
+        if self.init != INITS[0] and self.rounding == "nearest":
+            raise UsageError(
+                "a whitened branch needs calibration text, which --rounding nearest does without: use ldlq"
+            )
         if self.learn_steps < 0:
             raise UsageError("learning takes a positive number of steps")
         # The format knows what ranks and widths there are.

@@ -19,7 +19,7 @@ import torch
 
 from fewbit import __version__
 from fewbit.checkpoint.damage import is_size, read_json, shortened
-from fewbit.checkpoint.equivalent import EquivalentSource, Transform
+from fewbit.checkpoint.equivalent import EquivalentSource, Transform, loose_norm
 from fewbit.checkpoint.source import Source
 from fewbit.errors import CorruptFile, FewbitError, UnsupportedShape
 from fewbit.formats import TensorSpec, get_format
@@ -191,7 +191,7 @@ def make_plan(
     """
     family = get_family(source.config.model_type)
     stored = source
-    if options.learn:
+    if options.learn and loose_norm(source) is None:
         # A turn of the residual stream may add a tensor; which one it is does not matter here.
         width = source.shape(f"{family.embed}.weight")[1]
         stored = EquivalentSource(source, Transform(torch.eye(width)))

@@ -138,7 +138,13 @@ def prepare(
             learning, _ = calibration_windows(source, texts, wanted, options.calib_window)
             known += tokens_hash(learning)
     if not options.allocates:
-        return Prepared(source, options, windows, tuning, learning, make_plan(source, options, known))
+        plan = make_plan(source, options, known)
+        if options.spec_choices.get("rank") and not any(tensor.spec.rank for tensor in plan.quantized if tensor.spec):
+            (progress or Silent()).note(
+                f"no matrix here takes a branch of rank {options.rank}: ranks are whole groups of up to 128 inputs, "
+                "and at most a quarter of the narrower side"
+            )
+        return Prepared(source, options, windows, tuning, learning, plan)
     assert windows is not None
     if work is None:
         raise UsageError("bits that follow from sensitivities need a work directory to measure them in")
