@@ -93,6 +93,9 @@ class PackedTensor(nn.Module):
 
         Codes of the trellis and of int4 are the stored ones themselves; the controls have copies.
         """
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            # accelerate takes the parts away after every pass; a copy that is kept would hold their memory.
+            return gpu_matrices(self.parts(), self.spec)
         if not self._gpu:
             self._gpu = gpu_matrices(self.parts(), self.spec)
         return self._gpu

@@ -1,7 +1,10 @@
 """Layouts of graphics processors hold the stored numbers, and the reference reads them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fewbit import modules
 from fewbit.checkpoint.artifact import QuantizedModule
@@ -76,3 +79,46 @@ def test_a_module_is_placed_wherever_its_parts_are(name, bits, monkeypatch):
     assert module.code == spec.format  # no lanes
     assert bool(module._gpu) == (name in modules.GPU_FORMATS)
     assert {part.device.type for part in module.parts().values()} == {"meta"}
+
+
+def test_what_accelerate_takes_away_after_every_pass_is_not_kept(monkeypatch):
+    monkeypatch.setattr(modules, "KERNEL_DEVICES", {"cpu", "meta"})
+    spec = get_format("trellis").spec(32, 160, 3)
+    module = FewbitLinear(QuantizedModule("a.linear", spec, "linear"), bias=False, dtype=torch.float32).to("meta")
+    module._hf_hook = SimpleNamespace(offload=True)
+    module.place()
+    assert module._gpu == ()
+    module._hf_hook = SimpleNamespace(offload=False)
+    module.place()
+    assert module._gpu
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a graphics processor."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+class NoWaiting(TorchFunctionMode):
+    """Makes reading a value an error, and what goes to a graphics processor on the CPU."""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        assert function.__name__ not in ("__bool__", "__index__", "__int__", "item", "tolist"), "a value was read"
+        keywords = dict(keywords or {})
+        if str(keywords.get("device")) == "cuda":
+            keywords["device"] = "cpu"
+        return function(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("trellis", 4), ("int8", 8), ("int4", 4)])
+def test_looking_rows_up_on_a_graphics_processor_waits_for_no_value(name, bits):
+    fmt = get_format(name)
+    spec = fmt.spec(96, 64, bits)
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(5))
+    parts = fmt.quantize(weight, spec, None, {}).parts
+    rows = torch.tensor([3, 95, 17])
+    expected = fmt.dequantize_rows(parts, spec, rows)
+    elsewhere = {part: tensor.as_subclass(Elsewhere) for part, tensor in parts.items()}
+    with NoWaiting():
+        found = fmt.dequantize_rows(elsewhere, spec, rows)
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)

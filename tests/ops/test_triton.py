@@ -4,6 +4,8 @@ Integers are exact. The interpreter rounds sums in its own order, so that rotate
 groups may differ in the last bits; the bounds below say by how much.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -355,3 +357,24 @@ def test_every_operator_has_a_kernel_for_cuda():
         name.removeprefix("fewbit::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("fewbit::")
     }
     assert set(cuda.KERNELS) == {name.partition(".")[0] for name in names}
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    entered = []
+
+    class Noted:
+        def __init__(self, tensor):
+            entered.append(tensor)
+
+        __enter__ = __exit__ = lambda *_: None
+
+    monkeypatch.setattr(torch.cuda, "device_of", Noted)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **_: entered.append(grid)
+
+    tensor = random(3, 2, 128)
+    config = triton_configs.Config(*[1] * len(dataclasses.fields(triton_configs.Config)))
+    triton_launch.Launch(Kernel(), (4,), {"n": 1, "x": tensor}, {}, config).run()
+    assert entered == [tensor, (4,)]

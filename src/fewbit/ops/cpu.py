@@ -267,7 +267,8 @@ for _name, _native, _reference in (
     torch.library.impl(f"fewbit::{_name}", "CPU")(_native)
     torch.library.impl(f"fewbit::{_name}", "CompositeExplicitAutograd")(_reference)
 
-if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+# AMD's devices call themselves "cuda" too, and have no kernels here.
+if torch.cuda.is_available() and torch.version.hip is None and importlib.util.find_spec("triton"):
     from fewbit.ops import cuda
 
     cuda.register()

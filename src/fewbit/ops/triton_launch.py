@@ -28,14 +28,17 @@ class Launch:
     config: Config
 
     def run(self) -> None:
-        # Multiplications and additions are rounded one by one, as the specification has it.
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.config.warps,
-            num_stages=self.config.stages,
-            enable_fp_fusion=False,
-        )
+        tensor = next(argument for argument in self.arguments.values() if isinstance(argument, torch.Tensor))
+        # Triton launches on the current device, which need not be the one that the tensors are on.
+        with torch.cuda.device_of(tensor):
+            # Multiplications and additions are rounded one by one, as the specification has it.
+            self.kernel[self.grid](
+                **self.arguments,
+                **self.constants,
+                num_warps=self.config.warps,
+                num_stages=self.config.stages,
+                enable_fp_fusion=False,
+            )
 
 
 @dataclass(frozen=True)
