@@ -82,8 +82,9 @@ def test_eval_prints_the_promised_keys_with_and_without_a_reference(run, checkpo
     code, stdout, _ = run("eval", checkpoint, *settings, "--reference", tiny_models["tied"])
     report = json.loads(stdout)
     assert code == 0
-    promised = "perplexity perplexity_stderr kl_mean kl_p99 top1_agreement bits_per_char tokens window"
-    assert set(promised.split()) <= set(report)
+    promised = "perplexity perplexity_ratio kl_mean kl_p99 top1_agreement bits_per_char tokens window"
+    spreads = "perplexity_stderr perplexity_ratio_stderr kl_stderr"
+    assert {*promised.split(), *spreads.split()} <= set(report)
     assert report["kl_mean"] > 0
     code, stdout, _ = run("eval", tiny_models["tied"], *settings)
     assert (code, json.loads(stdout)["kl_mean"]) == (0, None)

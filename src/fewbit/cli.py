@@ -298,11 +298,13 @@ def eval_(
         print_json(result.to_json())
         return
     rows = [["perplexity", _plus_minus(result.perplexity, result.perplexity_stderr)]]
-    if result.kl_mean is not None and result.kl_p99 is not None and result.top1_agreement is not None:
+    if reference:
+        values = result.to_json()
         rows += [
-            ["KL divergence, mean (nats)", f"{result.kl_mean:.4f}"],
-            ["KL divergence, 99 %", f"{result.kl_p99:.4f}"],
-            ["same top token", f"{100 * result.top1_agreement:.2f} %"],
+            ["over the reference's", _plus_minus(values["perplexity_ratio"], values["perplexity_ratio_stderr"], 4)],
+            ["KL divergence, mean (nats)", _plus_minus(values["kl_mean"], values["kl_stderr"], 4)],
+            ["KL divergence, 99 %", f"{values['kl_p99']:.4f}"],
+            ["same top token", f"{100 * values['top1_agreement']:.2f} %"],
         ]
     rows.append(["bits per character", f"{result.bits_per_char:.4f}"])
     stdout.print(table(str(path), ["", "value"], rows))
@@ -347,8 +349,8 @@ def _score(metric: dict[str, float | None]) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"
 
 
-def _plus_minus(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
+def _plus_minus(value: float, error: float | None, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} +- {error:.{digits}f}"
 
 
 app.command()(cli_run.generate)

@@ -58,7 +58,14 @@ def test_perplexity_stderr_and_divergence_equal_their_definitions():
     assert result.perplexity_stderr == pytest.approx(
         (per_window.mean().exp() * per_window.std() / 10**0.5).item(), rel=1e-4
     )
+    of_reference = -expected.gather(2, cuts[:, 1:, None]).squeeze(2).mean(1)
+    ratio = (per_window - of_reference).mean().exp().item()
+    assert result.perplexity_ratio == pytest.approx(ratio, rel=1e-5)
+    assert result.perplexity_ratio_stderr == pytest.approx(
+        ratio * (per_window - of_reference).std().item() / 10**0.5, rel=1e-4
+    )
     assert result.kl_mean == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert result.kl_stderr == pytest.approx(nats.mean(1).std().item() / 10**0.5, rel=1e-4)
     assert result.kl_p99 == pytest.approx(nats.flatten().quantile(0.99).item(), rel=0.05)
     assert result.top1_agreement == pytest.approx((scores.argmax(-1) == expected.argmax(-1)).double().mean().item())
 
@@ -66,7 +73,8 @@ def test_perplexity_stderr_and_divergence_equal_their_definitions():
 def test_a_model_does_not_diverge_from_itself():
     model = table_model(3, scale=20.0)
     result = evaluate(model, Letters(), TEXT, model, window=50, tokens=500)
-    assert result.kl_mean == 0
+    assert (result.perplexity_ratio, result.perplexity_ratio_stderr) == (1, 0)
+    assert (result.kl_mean, result.kl_stderr) == (0, 0)
     assert result.kl_p99 == 0
     assert result.top1_agreement == 1
 
@@ -138,7 +146,7 @@ def test_logits_that_are_not_finite_are_an_error():
 def test_json_holds_the_promised_keys_and_no_nan():
     result = evaluate(table_model(1), Letters(), TEXT, window=50, tokens=50)
     data = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert data["perplexity_stderr"] is None
+    assert data["perplexity_stderr"] is data["perplexity_ratio"] is data["kl_stderr"] is None
     assert {
         "perplexity", "perplexity_stderr", "kl_mean", "kl_p99", "top1_agreement", "bits_per_char", "tokens", "window"
     } <= set(data)  # fmt: skip

@@ -20,13 +20,14 @@ CHUNK_VALUES = 1 << 23
 class PositionLosses:
     """Figures of every predicted position, float32 `[positions]`, in nats.
 
-    `divergence` is KL(reference || model) and `agreement` 1 where both rank the same token first; both
-    are None without a reference.
+    `divergence` is KL(reference || model), `agreement` 1 where both rank the same token first, and `excess` by how
+    much `nll` is above the reference's; all are None without a reference.
     """
 
     nll: torch.Tensor
     divergence: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+    excess: torch.Tensor | None = None
 
 
 def position_losses(
@@ -51,7 +52,7 @@ def position_losses(
         expected = torch.log_softmax(reference[rows].float(), dim=-1)
         agreement = (scores.argmax(-1) == expected.argmax(-1)).float()
         divergence = torch.nn.functional.kl_div(scores, expected, reduction="none", log_target=True).sum(-1)
-        parts.append((nll, divergence, agreement))
+        parts.append((nll, divergence, agreement, nll + expected.gather(1, targets[rows, None]).squeeze(1)))
     return PositionLosses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 

@@ -26,16 +26,20 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 class EvalResult:
     """What one model scores on one text.
 
-    `perplexity_stderr` comes from the spread of the mean loss over windows by the delta method
-    (perplexity times the standard error of the mean; None from a single window). `kl_mean` and `kl_p99`
-    are KL(reference || model) in nats over all predicted positions, `top1_agreement` the share of them
-    where both models rank the same token first; None without a reference. `bits_per_char` divides the
-    total loss by the characters of the predicted tokens. `tokens` counts the tokens in all windows.
+    Standard errors come from the spread of means over windows, those of perplexities by the delta method; None from a
+    single window. `kl_mean` and `kl_p99` are KL(reference || model) in nats over all predicted positions,
+    `top1_agreement` is the share of them where both models rank the same token first, and `perplexity_ratio` is over
+    the reference's perplexity, its error that of losses compared position by position; None without a reference.
+    `bits_per_char` divides the total loss by the characters of the predicted tokens. `tokens` counts the tokens in all
+    windows.
     """
 
     perplexity: float
     perplexity_stderr: float | None
+    perplexity_ratio: float | None
+    perplexity_ratio_stderr: float | None
     kl_mean: float | None
+    kl_stderr: float | None
     kl_p99: float | None
     top1_agreement: float | None
     bits_per_char: float
@@ -124,19 +128,28 @@ def _characters(tokenizer: Any, cuts: torch.Tensor) -> int:
 
 def _summary(parts: list[PositionLosses], characters: int, facts: dict[str, Any]) -> EvalResult:
     nll = torch.stack([part.nll for part in parts]).double()
-    mean = nll.mean().item()
-    perplexity = math.exp(mean)
-    per_window = nll.mean(1)
-    stderr = perplexity * (per_window.std() / len(parts) ** 0.5).item() if len(parts) > 1 else None
+    perplexity, ratio = math.exp(nll.mean()), None
     divergence = [part.divergence for part in parts if part.divergence is not None]
     agreement = [part.agreement for part in parts if part.agreement is not None]
-    nats = torch.cat(divergence).double() if divergence else None
+    excess = [part.excess for part in parts if part.excess is not None]
+    nats = torch.stack(divergence).double() if divergence else None
+    if excess:
+        ratio = math.exp(torch.stack(excess).double().mean())
     return EvalResult(
         perplexity=perplexity,
-        perplexity_stderr=stderr,
+        perplexity_stderr=_stderr(nll, perplexity),
+        perplexity_ratio=ratio,
+        perplexity_ratio_stderr=None if ratio is None else _stderr(torch.stack(excess).double(), ratio),
         kl_mean=None if nats is None else nats.mean().item(),
-        kl_p99=None if nats is None else nats.sort().values[int(0.99 * (nats.numel() - 1))].item(),
+        kl_stderr=None if nats is None else _stderr(nats, 1.0),
+        kl_p99=None if nats is None else nats.flatten().sort().values[int(0.99 * (nats.numel() - 1))].item(),
         top1_agreement=torch.cat(agreement).mean().item() if agreement else None,
         bits_per_char=nll.sum().item() / math.log(2) / characters,
         **facts,
     )
+
+
+def _stderr(values: torch.Tensor, factor: float) -> float | None:
+    """`factor` times the standard error of the mean of `values [windows, positions]`; None for one window."""
+    windows = values.shape[0]
+    return factor * (values.mean(1).std() / windows**0.5).item() if windows > 1 else None
