@@ -25,10 +25,6 @@ def load(name: str):
     return module
 
 
-def load_tables():
-    return load("tables")
-
-
 def test_the_readme_s_picture_shows_what_the_results_say():
     pictures = load("pictures")
     assert "(docs/images/quality.svg)" in (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +33,7 @@ def test_the_readme_s_picture_shows_what_the_results_say():
 
 
 def test_every_table_of_the_documentation_agrees_with_the_results():
-    tables = load_tables()
+    tables = load("tables")
     marked = 0
     for page in tables.pages():
         text = page.read_text(encoding="utf-8")
@@ -59,7 +55,7 @@ def gemm(median: float, **labels) -> dict:
 
 
 def test_peers_are_compared_at_their_fastest_and_place_by_place(tmp_path, monkeypatch):
-    tables = load_tables()
+    tables = load("speed_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     large, small = 1 << 30, 1 << 20
     theirs = {"type": "Q4_0", "bits_per_weight": 4.5}
@@ -94,7 +90,7 @@ def test_peers_are_compared_at_their_fastest_and_place_by_place(tmp_path, monkey
 
 
 def test_results_without_peers_say_how_to_get_them(tmp_path, monkeypatch):
-    tables = load_tables()
+    tables = load("speed_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "kernels.json").write_text(json.dumps({"rows": [], "peers": []}))
     assert "make bench-peers" in tables.peers()
