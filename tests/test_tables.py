@@ -94,3 +94,94 @@ def test_results_without_peers_say_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "kernels.json").write_text(json.dumps({"rows": [], "peers": []}))
     assert "make bench-peers" in tables.peers()
+
+
+FEWBIT = {"code": "trellis", "head": "bf16", "rounding": "ldlq", "rotate": True, "tune": None, "calib_tokens": 1024}
+LLAMA = {"mix": "IQ3_S", "pad": False, "calib_tokens": 1024}
+TWIN = {**FEWBIT, "code": "twin", "format": "twinquant", "rank": 128}
+
+
+def score(bits: float, options: dict, **facts) -> dict:
+    """A row of quality; 1000 weights of which all are in the layers."""
+    scores = {"ratio": 1.1, "kl_mean": 0.1, "kl_p99": 1.0, "top1_agreement": 0.9, "bits_per_char": 1.0}
+    text = {"tokens": 2048, "window": 512, "reference_perplexity": 10.0}
+    return {"options": options, "bits_per_weight": {"body": bits, "total": bits}, **scores, **text, **facts}
+
+
+@pytest.fixture
+def quality_tables(tmp_path, monkeypatch):
+    tables = load("quality_tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def write(benchmark: str, **rows: dict) -> None:
+        named = {f"{name} | seed 0": row for name, row in rows.items()}
+        (tmp_path / f"{benchmark}-m.json").write_text(json.dumps({"text": "a", "rows": named}))
+
+    return tables, write
+
+
+def names_in(table: str) -> list[str]:
+    return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:] if line.startswith("|")]
+
+
+def test_rows_of_quality_stand_in_parts_by_their_options_and_there_by_bits(quality_tables):
+    tables, write = quality_tables
+    rows = {
+        "unknown": score(1.0, {}),
+        "trellis, nearest": score(3.0, {**FEWBIT, "rounding": "nearest"}),
+        "HQQ": score(3.5, {"method": "hqq", "calib_tokens": 0}),
+        "trellis 4 bits, no tuning": score(4.0, {**FEWBIT, "tune": False}),
+        "llama.cpp IQ3_S, padded": score(4.3, {**LLAMA, "pad": True}),
+        "llama.cpp IQ3_S": score(3.4, LLAMA),
+        "trellis": score(3.1, FEWBIT),
+        "trellis, no tuning": score(3.1, {**FEWBIT, "tune": False}),
+    }
+    write("quality", **rows)
+    ready, packages, controls = (f"**{part}**" for part in tables.PARTS)
+    # Without tuning stands for a whole row that is not measured, and not for one that is.
+    own = [ready, "trellis", "llama.cpp IQ3_S", "trellis 4 bits, no tuning"]
+    others = ["unknown", "trellis, nearest", "trellis, no tuning", "llama.cpp IQ3_S, padded"]
+    assert names_in(tables.quality("m", "M")) == [*own, packages, "HQQ", controls, *others]
+    assert names_in(tables.quality("m", "M", ("trellis", "unknown"))) == ["trellis", "unknown"]
+
+
+def test_sizes_are_those_of_the_whole_model_and_padding_is_told(quality_tables):
+    tables, write = quality_tables
+    padded = score(5.0, {**LLAMA, "pad": True})
+    padded["bits_per_weight"] = {"body": 5.0, "body_without_padding": 4.0, "total": 8.0}
+    write("quality", trellis=score(4.0, FEWBIT, bytes=7_000_000), padded=padded)
+    table = tables.quality("m", "M")
+    assert "| trellis | 4.000 | 7 |" in table
+    assert "| padded | 5.000 (4.000) | 14 |" in table  # of as many weights as the row with a size has
+    assert "In brackets" in table
+    write("quality", trellis=score(4.0, FEWBIT, bytes=7_000_000))
+    assert "In brackets" not in tables.quality("m", "M")
+
+
+def test_twinquant_s_furthest_rows_stand_beside_the_others_under_a_name_that_says_how_far(quality_tables):
+    tables, write = quality_tables
+    write("quality", trellis=score(3.0, FEWBIT))
+    rows = {
+        "W4A8 full, not learned, not tuned": score(4.5, {**TWIN, "learn": False, "tune": False}),
+        "W4A8 full": score(4.6, TWIN),
+        "W4A4 full, not learned, not tuned": score(4.7, {**TWIN, "learn": False, "tune": False}),
+        "W4A16 full": score(4.8, TWIN),
+    }
+    write("twinquant", **rows)
+    own = ["trellis", "TwinQuant W4A8", "TwinQuant W4A4, not learned, not tuned"]
+    assert names_in(tables.quality("m", "M")) == own
+
+
+def test_rows_with_a_branch_of_the_former_rounding_are_marked(quality_tables):
+    tables, write = quality_tables
+    rows = {
+        "W4A4 full": score(4.5, TWIN, commit=f"{tables.FORMER[0]}0123"),
+        "W4A4 naive": score(4.1, {**TWIN, "rank": 0}, commit=f"{tables.FORMER[0]}0123"),
+        "W4A4 hadamard": score(4.5, TWIN, commit="0123456789"),
+    }
+    write("twinquant", **rows)
+    table = tables.twinquant("m", "M")
+    assert names_in(table) == ["W4A4 naive", "W4A4 hadamard", "W4A4 full †"]
+    assert tables.FORMER_NOTE in table
+    write("twinquant", **{"W4A4 full": score(4.5, TWIN, commit="0123456789")})
+    assert "†" not in tables.twinquant("m", "M")
