@@ -27,30 +27,40 @@ def encoding() -> str:
     return markdown(header, rows) + f"\nMillions of weights per second, one thread, {report['machine']['cpu']}.\n"
 
 
+def kernel_speed(row: dict[str, Any]) -> tuple[str, str] | None:
+    """A kernel's median and its unit; None for settings that the table leaves out."""
+    if "microseconds_per_token" in row:
+        return f"{row['microseconds_per_token']:.2f}", "us per token"
+    if row["bits"] != 3 or ("few" in row["kernel"] and row["tokens"] != 1):
+        return None
+    if "few" in row["kernel"]:
+        return f"{row['billion_weights_per_second']['median']:.1f}", "G weights/s"
+    return f"{row['tera_operations_per_second']['median']:.2f}", "TOP/s"
+
+
 def kernels() -> str:
-    """Products of packed 3-bit weights with one token and with many, by instruction set and threads."""
+    """Kernels of inputs, and products of packed 3-bit weights with one token and with many, by instruction set."""
     report = json.loads((RESULTS / "kernels.json").read_text())
-    rows = []
+    found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in report["rows"]:
-        if "microseconds_per_token" in row:
-            speed = f"{row['microseconds_per_token']:.2f} us per token of {row['cols']}"
-        elif row["bits"] != 3 or ("few" in row["kernel"] and row["tokens"] != 1):
-            continue
-        elif "few" in row["kernel"]:
-            speed = f"{row['billion_weights_per_second']['median']:.1f} G weights/s"
-        else:
-            speed = f"{row['tera_operations_per_second']['median']:.2f} TOP/s"
-        size = f"{row['megabytes']:.0f} MB" if "megabytes" in row else row.get("dtype", "")
-        rows.append([row["kernel"], size, str(row["tokens"]), row["isa"], str(row["threads"]), speed])
-    header = ["kernel", "weights or input", "tokens", "instruction set", "threads", "median"]
+        speed = kernel_speed(row)
+        if speed:
+            shape = f"{row['rows']} x {row['cols']}" if "rows" in row else f"{row['cols']}, {row['dtype']}"
+            size = f", {row['megabytes']:.0f} MB" if "megabytes" in row else ""
+            case = (row["kernel"], shape + size, str(row["tokens"]), str(row["threads"]), speed[1])
+            found.setdefault(case, {})[row["isa"]] = speed[0]
+    isas = list(dict.fromkeys(row["isa"] for row in report["rows"]))
+    lines = [[*case, *(by_isa.get(isa, "") for isa in isas)] for case, by_isa in found.items()]
+    header = ["kernel", "weights, or inputs", "tokens", "threads", "unit", *isas]
     reading = ", ".join(
         f"{rate['median']:.1f} GB/s with {threads} thread{'s' if threads != '1' else ''}"
         for threads, rate in report["read_gigabytes_per_second"].items()
     )
     note = (
-        f"\n{report['machine']['cpu']}; the same process reads memory at {reading}. Made by `benchmarks/kernels.py`.\n"
+        f"\nMedians; us per token are less the better, the others more. {report['machine']['cpu']}; the same process "
+        f"reads memory at {reading}. Made by `benchmarks/kernels.py`.\n"
     )
-    return markdown(header, rows) + note
+    return markdown(header, lines) + note
 
 
 def speeds(rows: list[dict[str, Any]], largest: int) -> dict[str, float]:
@@ -91,22 +101,25 @@ def peers() -> str:
             ]
             ours = speeds(mine, largest)
             for place in PLACES if bits == 3 else ("memory", "cache"):
-                cells.append(f"{ours[place] / theirs[place]:.2f}" if place in ours and place in theirs else "")
+                cells.append(f"{ours[place] / theirs[place]:.2f} x" if place in ours and place in theirs else "")
         lines.append([kind, f"{rows[0]['bits_per_weight']:.2f}", isa, str(threads), *cells])
-    header = ["type", "bits/weight", "instruction set", "threads", "memory", "cache", "512 tokens"]
-    header += ["3 bits, memory", "3 bits, cache", "3 bits, 512 tokens", "4 bits, memory", "4 bits, cache"]
+    header = ["type", "bits/weight", "instruction set", "threads", "1 token, memory", "1 token, cache", "512 tokens"]
+    header += [f"fewbit {what}" for what in ("3 bits, memory", "3 bits, cache", "3 bits, 512 tokens")]
+    header += [f"fewbit {what}" for what in ("4 bits, memory", "4 bits, cache")]
     return markdown(header, lines) + f"\n{peers_note(report)} Made by `benchmarks/kernels.py --peers`.\n"
 
 
 def peers_note(report: dict[str, Any]) -> str:
     package, version = next(iter(report["peer_versions"].items()))
     return (
-        f"{report['machine']['cpu']}; llama.cpp from {package} {version}, without AMX. Its speeds are billions of "
-        f"weights per second with one token, out of memory and out of 1 MB, and TOP/s with 512 tokens, each the "
-        f"fastest of its ways: row by row, as a graph, and as a graph of interleaved rows. Then how many times as fast "
-        f"fewbit's kernels are in the same run; one call of theirs from Python takes "
-        f"{report['call_microseconds']:.0f} us, which counts in the columns of the cache. One thread's speeds are per "
-        f"second of processor time."
+        f"{report['machine']['cpu']}; llama.cpp from {package} {version}, without AMX. The first four columns say "
+        f"which kernel of llama.cpp's it is. The next three are its own speeds: billions of weights "
+        f"per second with one token, weights out of memory and out of 1 MB that stays in cache, and TOP/s with "
+        f"512 tokens; each is the fastest of its ways: row by row, as a graph, and as a graph of interleaved rows. "
+        f"The last five, with an x, are how many times as fast fewbit's kernels of 3 and of 4 bits are in the same run "
+        f"in the same place; below 1 llama.cpp's is faster. One call of theirs from Python takes "
+        f"{report['call_microseconds']:.0f} us, which "
+        f"counts in the columns of the cache. One thread's speeds are per second of processor time."
     )
 
 

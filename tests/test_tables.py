@@ -83,10 +83,34 @@ def test_peers_are_compared_at_their_fastest_and_place_by_place(tmp_path, monkey
     }
     (tmp_path / "kernels.json").write_text(json.dumps(report))
     table = tables.peers()
-    assert table.splitlines()[2] == "| Q4_0 | 4.50 | avx2 | 1 | 10.0 | 40.0 | 0.30 | 3.00 | 1.50 | 2.00 |  | 0.40 |"
+    assert (
+        table.splitlines()[2]
+        == "| Q4_0 | 4.50 | avx2 | 1 | 10.0 | 40.0 | 0.30 | 3.00 x | 1.50 x | 2.00 x |  | 0.40 x |"
+    )
     # Wall clock with two threads, and no figure for a matrix too small to share.
-    assert table.splitlines()[3] == "| Q4_0 | 4.50 | avx2 | 2 | 11.0 |  |  | 4.50 |  |  |  |  |"
+    assert table.splitlines()[3] == "| Q4_0 | 4.50 | avx2 | 2 | 11.0 |  |  | 4.50 x |  |  |  |  |"
     assert "a-package 1.2" in table
+
+
+def test_a_kernel_has_one_row_and_a_column_for_each_instruction_set(tmp_path, monkeypatch):
+    tables = load("speed_tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    few = {"kernel": "product of few tokens", "bits": 3}
+    report = {
+        "machine": {"cpu": "a processor"},
+        "read_gigabytes_per_second": {"1": {"median": 10.0}},
+        "rows": [
+            gemv(1 << 30, 402.0, 30.0, **few),
+            gemv(1 << 30, 402.0, 50.0, **few) | {"isa": "avx512"},
+            gemv(1 << 30, 402.0, 70.0, **few) | {"isa": "avx512", "threads": 2},
+            gemv(1 << 30, 402.0, 30.0, **few) | {"tokens": 2},
+        ],
+    }
+    (tmp_path / "kernels.json").write_text(json.dumps(report))
+    header, _, *lines = tables.kernels().splitlines()[:4]
+    assert header == "| kernel | weights, or inputs | tokens | threads | unit | avx2 | avx512 |"
+    shape = "product of few tokens | 1048576 x 1024, 402 MB | 1"
+    assert lines == [f"| {shape} | 1 | G weights/s | 15.0 | 25.0 |", f"| {shape} | 2 | G weights/s |  | 35.0 |"]
 
 
 def test_results_without_peers_say_how_to_get_them(tmp_path, monkeypatch):
