@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import quality_tables
 import reliability_tables
@@ -18,7 +20,33 @@ from markdown_table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+NO_MACHINE = ("gpu-model", "gpu-static", "robustness-supply")  # results that no processor's speed or sums are in
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def machines_of(report: dict[str, Any]) -> Iterator[str]:
+    """The machine of a result, or of each of its rows where they have their own."""
+    found = report.get("environment") or report.get("machine") or report
+    if "cpu" in found:
+        facts = (found["cpu"], found.get("isa"), f"{found['cores']} cores" if "cores" in found else None)
+        yield ", ".join(fact for fact in facts if fact)
+    else:
+        rows = report.get("rows")
+        for row in rows.values() if isinstance(rows, dict) else []:
+            yield from machines_of(row)
+
+
+def machines() -> str:
+    """Which machine made what."""
+    made: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        counts = Counter(machines_of(json.loads(path.read_text())))
+        if not counts:
+            counts["none: computed or compiled" if path.stem in NO_MACHINE else "not recorded"] = 1
+        for machine, rows in counts.items():
+            part = f" ({rows} of {counts.total()} rows)" if len(counts) > 1 else ""
+            made.setdefault(machine, []).append(f"`{path.stem}`{part}")
+    return markdown(["machine", "results"], [[name, ", ".join(made[name])] for name in sorted(made)], 2)
 
 
 def cost() -> str:
@@ -136,6 +164,7 @@ def gpu_model() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "machines": machines,
     "context": context,
     "cost": cost,
     "gpu-static": gpu_static,

@@ -209,3 +209,24 @@ def test_rows_with_a_branch_of_the_former_rounding_are_marked(quality_tables):
     assert tables.FORMER_NOTE in table
     write("twinquant", **{"W4A4 full": score(4.5, TWIN, commit="0123456789")})
     assert "†" not in tables.twinquant("m", "M")
+
+
+def test_each_machine_stands_with_what_it_made(tmp_path, monkeypatch):
+    tables = load("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    old, new = ({"cpu": "a processor", "isa": isa, "cores": 2} for isa in ("avx2", "avx512"))
+    rows = {"x": {"environment": old}, "y": {"environment": new}, "z": {"environment": new}}
+    reports = {
+        "cost": {"rows": rows},
+        "context": {"environment": new, "rows": rows},
+        "encode": {"machine": {"cpu": "another"}},
+    }
+    for name, report in {**reports, "storm": {"rows": []}, "gpu-model": {}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    assert tables.machines().splitlines()[2:] == [
+        "| a processor, avx2, 2 cores | `cost` (1 of 3 rows) |",
+        "| a processor, avx512, 2 cores | `context`, `cost` (2 of 3 rows) |",
+        "| another | `encode` |",
+        "| none: computed or compiled | `gpu-model` |",
+        "| not recorded | `storm` |",
+    ]
