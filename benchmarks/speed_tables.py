@@ -143,18 +143,31 @@ def end_to_end() -> str:
         )
     header = ["model", "program and type", "threads", "decode", f"prompt of {report['prompt_tokens']}"]
     header += ["share of memory bandwidth", "one token, from start", "memory / file"]
-    reading = ", ".join(
-        f"{rate / 1e9:.1f} GB/s with {threads} thread{'s' if threads != '1' else ''}"
-        for threads, rate in report["read_bytes_per_second"].items()
-    )
     (package, version), machine = next(iter(report["versions"].items())), report["environment"]
+    packed = any("int" in row["type"] for row in report["rows"] if row["program"] == "torch")
+    own = ", torch's int8 and int4 by its own products of packed weights, the head too" if packed else ""
     note = (
         f"\nTokens per second, medians of {report['rounds']} rounds through all contestants; "
-        f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}, memory read at {reading}; "
-        f"llama.cpp from {package} {version}, without AMX. Weights rounded to nearest, fewbit's head and embeddings in "
-        f"4 bits. Made by `benchmarks/end_to_end.py`.\n"
+        f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}; llama.cpp from {package} "
+        f"{version}, without AMX. Weights rounded to nearest, fewbit's head and embeddings in 4 bits{own}. The "
+        f"share: bytes of weights that a token reads times tokens per second, beside how fast the same run of `fewbit "
+        f"bench` reads memory in huge pages{read_rates(report['rows'])}. Made by `benchmarks/end_to_end.py`.\n"
     )
     return markdown(header, lines) + note
+
+
+def read_rates(rows: list[dict[str, Any]]) -> str:
+    """For a caption: the memory's speed beside which shares stand, by threads; nothing where rows do not hold it."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if "read_bytes_per_second" in row:
+            found.setdefault(row["threads"], []).append(row["read_bytes_per_second"]["median"] / 1e9)
+    told = []
+    for threads, rates in found.items():
+        least, most = f"{min(rates):.1f}", f"{max(rates):.1f}"
+        spread = least if least == most else f"{least}-{most}"
+        told.append(f"{spread} GB/s with {threads} thread{'s' if threads != 1 else ''}")
+    return f" ({', '.join(told)})" if told else ""
 
 
 def sweep() -> str:

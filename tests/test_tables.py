@@ -113,6 +113,28 @@ def test_a_kernel_has_one_row_and_a_column_for_each_instruction_set(tmp_path, mo
     assert lines == [f"| {shape} | 1 | G weights/s | 15.0 | 25.0 |", f"| {shape} | 2 | G weights/s |  | 35.0 |"]
 
 
+def test_a_share_of_memory_s_speed_stands_beside_the_speed_it_was_measured_with_or_none(tmp_path, monkeypatch):
+    tables = load("speed_tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    median = {"median": 2e10, "stdev": 0.0}
+    row = {"model": "m", "program": "fewbit", "type": "3 bits", "threads": 1, "decode": median, "prefill": median}
+    row["bandwidth_share"] = {"median": 0.5, "stdev": 0.0}
+    report = {"rounds": 3, "generated_tokens": 64, "prompt_tokens": 512, "versions": {"a-package": "1.2"}}
+    report |= {"environment": {"cpu": "a processor", "isa": "avx2"}}
+    old = {**report, "read_bytes_per_second": {"1": 1e10}, "rows": [row]}
+    (tmp_path / "end_to_end.json").write_text(json.dumps(old))
+    # Measured apart and with ordinary pages: no speed to divide by.
+    assert "GB/s" not in tables.end_to_end()
+    slower = {**row, "read_bytes_per_second": {"median": 1.8e10, "stdev": 0.0}}
+    new = {
+        **report,
+        "rows": [{**row, "read_bytes_per_second": median}, slower, {**row, "program": "torch", "type": "int8"}],
+    }
+    (tmp_path / "end_to_end.json").write_text(json.dumps(new))
+    assert "(18.0-20.0 GB/s with 1 thread)" in tables.end_to_end()
+    assert "torch's int8" in tables.end_to_end()
+
+
 def test_results_without_peers_say_how_to_get_them(tmp_path, monkeypatch):
     tables = load("speed_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
