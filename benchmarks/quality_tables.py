@@ -42,12 +42,14 @@ SHORT = (
 SHORT_UNTUNED = (*SHORT[:1], "trellis, no tuning", "trellis 4 bits, no tuning", *SHORT[3:])
 
 
-def measured(benchmark: str, model: str) -> Rows:
-    """The rows of a result file, or none."""
+def measured(benchmark: str, model: str, seed: int | None = None) -> Rows:
+    """The rows of a result file on all seeds or on one; none without the file."""
     path = RESULTS / f"{benchmark}-{model}.json"
     found: Rows = {}
     for key, row in (json.loads(path.read_text())["rows"] if path.exists() else {}).items():
-        found.setdefault(key.partition(" | ")[0], []).append(row)
+        name, _, told = key.partition(" | ")
+        if seed is None or told == f"seed {seed}":
+            found.setdefault(name, []).append(row)
     return found
 
 
@@ -82,6 +84,12 @@ def part_of(name: str, rows: Rows) -> int:
 def body_bits(rows: list[Row], kind: str = "body") -> float:
     """Bits per weight of the decoder layers' linears, mean over seeds."""
     return mean(row["bits_per_weight"].get(kind, row["bits_per_weight"]["body"]) for row in rows)
+
+
+def ratio(rows: list[Row]) -> str:
+    """The perplexity relative to the reference's, mean over seeds, with the least and the most of several."""
+    found = [row["ratio"] for row in rows]
+    return f"{mean(found):.3f}" + (f" ({min(found):.3f}-{max(found):.3f})" if len(found) > 1 else "")
 
 
 def ordered(rows: Rows) -> list[str]:
@@ -129,13 +137,11 @@ def scores(rows: Rows, parts: dict[str, list[str]], title: str, short: bool = Fa
             lines.append([f"**{head}**", *[""] * (len(header) - 1)])
         for name in names:
             found = rows[name]
-            ratios, bits = [row["ratio"] for row in found], body_bits(found)
-            spread = f" ({min(ratios):.3f}-{max(ratios):.3f})" if len(found) > 1 else ""
-            plain = body_bits(found, "body_without_padding")
+            bits, plain = body_bits(found), body_bits(found, "body_without_padding")
             told = f"{bits:.3f}" + (f" ({plain:.3f})" if plain < bits else "")
             cells = [form[column].format(mean(map(value, found))) for column, value in columns.items()]
-            size, ratio = megabytes(found, weights), f"{mean(ratios):.3f}{spread}"
-            lines.append([name + MARK * former(found), told, size, ratio, *cells, str(len(found))])
+            size = megabytes(found, weights)
+            lines.append([name + MARK * former(found), told, size, ratio(found), *cells, str(len(found))])
     return markdown(header, lines)
 
 
@@ -193,23 +199,6 @@ def genres(model: str, title: str) -> str:
     return markdown([title, "bits/weight, layers", *header], lines) + "\nOne seed. Made by `benchmarks/quality.py`.\n"
 
 
-def ranks(model: str, title: str) -> str:
-    """The rows of `twinquant.py` that differ in the branch's rank alone."""
-    rows = json.loads((RESULTS / f"twinquant-{model}.json").read_text())["rows"]
-    lines = []
-    for bits in (4, 8, 16):
-        for rank in (0, 32, 64, 128, 256):
-            part = {0: "no branch, ", 128: ""}.get(rank, f"rank {rank}, ")
-            row = rows.get(f"W4A{bits} full, {part}not learned, not tuned | seed 0")
-            if row:
-                body = f"{row['bits_per_weight']['body']:.3f}"
-                lines.append([f"W4A{bits}", str(rank), body, f"{row['ratio']:.3f}", f"{row['kl_mean']:.4f}"])
-    if len({rank for _, rank, *_ in lines}) < 2:
-        return "Not measured yet: `benchmarks/twinquant.py`.\n"
-    header = [title, "rank", "bits/weight, layers", "perplexity ratio", "KL mean"]
-    return markdown(header, lines) + "\nOne seed, neither learned nor tuned. Made by `benchmarks/twinquant.py`.\n"
-
-
 def twinquant(model: str, title: str) -> str:
     """The rows of `twinquant.py` on one model."""
     rows = measured("twinquant", model)
@@ -229,24 +218,6 @@ def twinquant(model: str, title: str) -> str:
     return scores(rows, {"": sorted(rows, key=place)}, title) + note
 
 
-def blocks() -> str:
-    """What rotating larger blocks changes, by code."""
-    made = RESULTS / "blocks.json"
-    if not made.exists():
-        return "Not measured yet: `benchmarks/blocks.py`.\n"
-    report, lines = json.loads(made.read_text()), []
-    for row in report["rows"]:
-        whole = [f"{row['ratio']:.3f}", f"{row['kl_mean']:.4f}"] if "ratio" in row else ["", ""]
-        block = str(row["block"]) if row["block"] > 1 else "not rotated"
-        lines.append([row["model"], row["code"], block, f"{100 * row['output_error']:.3f} %", *whole])
-    note = (
-        f"\n3 bits, error feedback by the full model's Hessians ({report['calib_tokens']} tokens), not tuned; "
-        f"a block that does not divide a linear's inputs is halved until it does. Error: of the linears' outputs, mean "
-        f"over them. Made by `benchmarks/blocks.py`.\n"
-    )
-    return markdown(["model", "code", "block", "error", "perplexity ratio", "KL mean"], lines) + note
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, *SMALL),
     "quality-smollm2-short": partial(quality, *SMALL, SHORT),
@@ -255,6 +226,4 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-qwen": partial(quality, *LARGE),
     "twinquant-smollm2": partial(twinquant, *SMALL),
     "twinquant-qwen": partial(twinquant, *LARGE),
-    "twinquant-ranks": partial(ranks, *SMALL),
-    "blocks": blocks,
 }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import paper_tables
 import quality_tables
 import reliability_tables
 import speed_tables
@@ -170,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-static": gpu_static,
     "gpu-model": gpu_model,
     **quality_tables.TABLES,
+    **paper_tables.TABLES,
     **speed_tables.TABLES,
     **reliability_tables.TABLES,
 }

@@ -154,16 +154,16 @@ def score(bits: float, options: dict, **facts) -> dict:
     return {"options": options, "bits_per_weight": {"body": bits, "total": bits}, **scores, **text, **facts}
 
 
+def write_rows(path: Path, **rows: dict) -> None:
+    named = {f"{name} | seed 0": row for name, row in rows.items()}
+    path.write_text(json.dumps({"text": "a", "rows": named}))
+
+
 @pytest.fixture
 def quality_tables(tmp_path, monkeypatch):
     tables = load("quality_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-
-    def write(benchmark: str, **rows: dict) -> None:
-        named = {f"{name} | seed 0": row for name, row in rows.items()}
-        (tmp_path / f"{benchmark}-m.json").write_text(json.dumps({"text": "a", "rows": named}))
-
-    return tables, write
+    return tables, lambda benchmark, **rows: write_rows(tmp_path / f"{benchmark}-m.json", **rows)
 
 
 def names_in(table: str) -> list[str]:
@@ -218,11 +218,12 @@ def test_twinquant_s_furthest_rows_stand_beside_the_others_under_a_name_that_say
     assert names_in(tables.quality("m", "M")) == own
 
 
-def test_rows_with_a_branch_of_the_former_rounding_are_marked(quality_tables):
+def test_rows_with_a_branch_of_the_former_rounding_are_marked(quality_tables, monkeypatch):
     tables, write = quality_tables
+    monkeypatch.setattr(tables, "FORMER", ("abcd",))
     rows = {
-        "W4A4 full": score(4.5, TWIN, commit=f"{tables.FORMER[0]}0123"),
-        "W4A4 naive": score(4.1, {**TWIN, "rank": 0}, commit=f"{tables.FORMER[0]}0123"),
+        "W4A4 full": score(4.5, TWIN, commit="abcd0123"),
+        "W4A4 naive": score(4.1, {**TWIN, "rank": 0}, commit="abcd0123"),
         "W4A4 hadamard": score(4.5, TWIN, commit="0123456789"),
     }
     write("twinquant", **rows)
@@ -252,3 +253,27 @@ def test_each_machine_stands_with_what_it_made(tmp_path, monkeypatch):
         "| none: computed or compiled | `gpu-model` |",
         "| not recorded | `storm` |",
     ]
+
+
+def test_the_papers_steps_stand_beside_the_same_steps_here(tmp_path, monkeypatch):
+    tables = load("paper_tables")
+    monkeypatch.setattr("quality_tables.RESULTS", tmp_path)
+    monkeypatch.setattr("quality_tables.FORMER", ("abcd",))
+    former = score(4.5, TWIN, commit="abcd0123", ratio=3.0)
+    rows = {"W4A4 naive": score(4.1, {**TWIN, "rank": 0}, ratio=5.0), "W4A4 low-rank": former}
+    write_rows(tmp_path / "twinquant-smollm2-135m.json", **rows)
+    header, _, naive, low_rank, *others = tables.steps().splitlines()
+    assert header.endswith("| SmolLM2-135M, W4A4 |")
+    assert naive == "| naive | 10.651 | 5.000 |"
+    assert low_rank == "| low-rank | 2.279 | 3.000 † |"
+    assert others[-1].startswith("One seed. †")
+    assert tables.learning().startswith("Not measured yet")
+    assert tables.ranks("smollm2-135m", "S").startswith("Not measured yet")
+    stages = {"running the full model": 30.0, "learning the axes": 90.0, "writing the checkpoint": 5.0}
+    machine = {"cpu": "a processor", "isa": "avx2", "cores": 2}
+    learned = {"learning": {"steps": 7}, "stage_seconds": stages, "quantize_seconds": 240.0, "environment": machine}
+    rows = {"W4A4 full": score(4.5, TWIN, **learned), "resumed": score(4.5, TWIN, **learned, resumed_tensors=3)}
+    write_rows(tmp_path / "twinquant-smollm2-135m.json", **rows)
+    assert names_in(tables.learning()) == ["SmolLM2-135M, W4A4 full"]
+    assert "| 7 | 2.0 min | 4.0 min |" in tables.learning()
+    assert "†" not in tables.steps()
