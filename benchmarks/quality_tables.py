@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -31,15 +31,21 @@ FORMER = ("8648029a", "9c2d8f75", "9329336f")
 MARK = " †"
 FORMER_NOTE = f"{MARK.strip()}: branches rounded in a former way, not measured anew. "
 
-SHORT = (
-    "trellis",
-    "trellis, 3.08 bits by sensitivity",
-    "trellis 4 bits",
-    "llama.cpp IQ3_S + imatrix",
-    "llama.cpp Q3_K_M + imatrix",
-    "llama.cpp Q4_K_M + imatrix",
-)
-SHORT_UNTUNED = (*SHORT[:1], "trellis, no tuning", "trellis 4 bits, no tuning", *SHORT[3:])
+SHORT = {
+    "trellis": "fewbit itq3_s 3 bits",
+    "trellis 4 bits": "fewbit itq3_s 4 bits",
+    "TwinQuant W4A8": "fewbit twinquant W4A8",
+    "TwinQuant W4A4": "fewbit twinquant W4A4",
+    **{f"llama.cpp {kind} + imatrix": f"llama.cpp {kind}" for kind in ("IQ3_S", "Q3_K_M", "Q4_K_M")},
+}
+"""The rows of the README's table, and what they are called there."""
+SCORES: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "KL mean": ("{:.4f}", lambda row: row["kl_mean"]),
+    "KL 99 %": ("{:.2f}", lambda row: row["kl_p99"]),
+    "top-1": ("{:.1f} %", lambda row: 100 * row["top1_agreement"]),
+    "bits/char": ("{:.3f}", lambda row: row["bits_per_char"]),
+}
+BRIEF = ("KL mean", "top-1")
 
 
 def measured(benchmark: str, model: str, seed: int | None = None) -> Rows:
@@ -119,63 +125,84 @@ def former(rows: Iterable[Row]) -> bool:
     )
 
 
-def scores(rows: Rows, parts: dict[str, list[str]], title: str, short: bool = False) -> str:
-    """What rows score, mean over the seeds of the reference, by parts of the table; one part needs no head."""
-    columns: dict[str, Callable[[Row], float]] = {
-        "KL mean": lambda row: row["kl_mean"],
-        "KL 99 %": lambda row: row["kl_p99"],
-        "top-1": lambda row: 100 * row["top1_agreement"],
-        "bits/char": lambda row: row["bits_per_char"],
-    }
-    form = {"KL mean": "{:.4f}", "KL 99 %": "{:.2f}", "top-1": "{:.1f} %", "bits/char": "{:.3f}"}
-    if short:
-        columns = {name: columns[name] for name in ("KL mean", "top-1")}
-    header = [title, "bits/weight, layers", "MB", "perplexity ratio", *columns, "seeds"]
+def header(title: str, columns: Iterable[str] = SCORES) -> list[str]:
+    return [title, "bits/weight, layers", "MB", "perplexity ratio", *columns, "seeds"]
+
+
+def head(title: str, columns: Iterable[str] = SCORES) -> list[str]:
+    """The line over a part of a table."""
+    return [f"**{title}**", *[""] * (len(header("", columns)) - 1)]
+
+
+def lines_of(rows: Rows, shown: Mapping[str, str], columns: Iterable[str] = SCORES) -> list[list[str]]:
+    """What rows score, mean over the seeds of the reference; `shown` says which and what they are called."""
     weights, lines = weights_of(rows), []
-    for head, names in parts.items():
-        if len(parts) > 1:
-            lines.append([f"**{head}**", *[""] * (len(header) - 1)])
-        for name in names:
-            found = rows[name]
-            bits, plain = body_bits(found), body_bits(found, "body_without_padding")
-            told = f"{bits:.3f}" + (f" ({plain:.3f})" if plain < bits else "")
-            cells = [form[column].format(mean(map(value, found))) for column, value in columns.items()]
-            size = megabytes(found, weights)
-            lines.append([name + MARK * former(found), told, size, ratio(found), *cells, str(len(found))])
-    return markdown(header, lines)
+    for name, label in shown.items():
+        found = rows[name]
+        bits, plain = body_bits(found), body_bits(found, "body_without_padding")
+        told = f"{bits:.3f}" + (f" ({plain:.3f})" if plain < bits else "")
+        cells = [SCORES[column][0].format(mean(map(SCORES[column][1], found))) for column in columns]
+        label += MARK * former(found)
+        lines.append([label, told, megabytes(found, weights), ratio(found), *cells, str(len(found))])
+    return lines
 
 
 def conditions(row: Row) -> str:
     return f"{row['tokens']} tokens of held-out Wikipedia text in windows of {row['window']}"
 
 
-def quality(model: str, title: str, chosen: tuple[str, ...] = ()) -> str:
-    """The rows of `quality.py` on one model and TwinQuant's beside them, all in parts or the `chosen` ones."""
+def quality_note(shown: dict[str, list[Row]]) -> str:
+    """What the rows of a table of quality were measured on, by model, and what its signs mean."""
+    rows = [row for same in shown.values() for row in same]
+    twins = [row for row in rows if row["options"].get("format") == "twinquant"]
+    first = next((row for row in rows if row["options"].get("calib_tokens") and row not in twins), rows[0])
+    usual = first["options"].get("calib_tokens")
+    notes = [
+        f"{conditions(first)}, float32, decoded weights, head and embeddings in 16 bits unless the row says otherwise; "
+        f"{usual} calibration tokens, half web, half Wikipedia, for llama.cpp's importance matrix too.",
+        "MB: all that is stored, embeddings and head apart.",
+    ]
+    if twins:
+        notes.append("TwinQuant's rows are as its kernels compute, inputs quantized too.")
+    for title, same in shown.items():
+        fewer = {row["options"]["calib_tokens"] for row in same if row in twins} - {usual}
+        if fewer:
+            notes.append(f"On {title} they took {max(fewer)} calibration tokens.")
+    if any(row["options"].get("pad") for row in rows):
+        notes.append(
+            'In brackets: bits without the zeros that "padded" rows store, which fill rows up to llama.cpp\'s blocks.'
+        )
+    if former(rows):
+        notes.append(FORMER_NOTE.strip())
+    full = " and ".join(f"{same[0]['reference_perplexity']:.2f} ({title})" for title, same in shown.items() if same)
+    by = "`benchmarks/quality.py` and `benchmarks/twinquant.py`"
+    return " ".join([*notes, f"Off-grid references have a perplexity of {full}. Made by {by}."])
+
+
+def quality(model: str, title: str) -> str:
+    """The rows of `quality.py` on one model and TwinQuant's beside them, in parts."""
     rows = compared(model)
-    names = [name for name in ordered(rows) if not chosen or name in chosen]
-    shown = [row for name in names for row in rows[name]]
-    twins = [row for row in shown if row["options"].get("format") == "twinquant"]
-    first = next((row for row in shown if row["options"].get("calib_tokens") and row not in twins), shown[0])
-    tokens = {row["options"]["calib_tokens"] for row in twins} - {first["options"]["calib_tokens"]}
-    fewer = f", and took {max(tokens)} calibration tokens" if tokens else ""
-    padded = any(row["options"].get("pad") for row in shown)
-    note = "".join(
-        [
-            f"\n{conditions(first)}, float32, decoded weights, head and embeddings in 16 bits unless the row says "
-            f"otherwise; {first['options']['calib_tokens']} calibration tokens, half web, half Wikipedia, for "
-            f"llama.cpp's importance matrix too. MB: all that is stored, embeddings and head apart. ",
-            f"TwinQuant's rows are as its kernels compute, inputs quantized too{fewer}. " if twins else "",
-            'In brackets: bits without the zeros that "padded" rows store, which fill rows up to llama.cpp\'s blocks. '
-            if padded
-            else "",
-            FORMER_NOTE if former(shown) else "",
-            f"The off-grid reference has perplexity {first['reference_perplexity']:.2f}. Made by "
-            f"`benchmarks/quality.py`{' and `benchmarks/twinquant.py`' if twins else ''}.\n",
-        ]
-    )
-    parts = {head: [name for name in names if part_of(name, rows) == part] for part, head in enumerate(PARTS)}
-    heads = {"": names} if chosen else {head: found for head, found in parts.items() if found}
-    return scores(rows, heads, title, bool(chosen)) + note
+    parts: dict[int, dict[str, str]] = {}
+    for name in ordered(rows):
+        parts.setdefault(part_of(name, rows), {})[name] = name
+    lines = [line for part, shown in parts.items() for line in (head(PARTS[part]), *lines_of(rows, shown))]
+    note = quality_note({title: [row for name in rows for row in rows[name]]})
+    return f"{markdown(header(title), lines)}\n{note}\n"
+
+
+def brief() -> str:
+    """The README's table: what there is to choose from, on both models, without what is there to compare."""
+    lines: list[list[str]] = []
+    every: dict[str, list[Row]] = {}
+    for model, title in (SMALL, LARGE):
+        rows, shown = compared(model), {}
+        for name in ordered(rows):
+            plain, apart, rest = name.partition(", no")
+            if plain in SHORT and part_of(name, rows) == READY:
+                shown[name] = (SHORT[plain] + apart + rest).replace(UNTUNED, ", not tuned")
+        lines += [head(title, BRIEF), *lines_of(rows, shown, BRIEF)]
+        every[title] = [row for name in shown for row in rows[name]]
+    return f"{markdown(header('', BRIEF), lines)}\n{quality_note(every)}\n"
 
 
 def genres(model: str, title: str) -> str:
@@ -195,8 +222,8 @@ def genres(model: str, title: str) -> str:
         both = [row, *row["texts"].values()]
         cells = [f"{found[what]:{form}}" for found in both for what, form in (("ratio", ".3f"), ("kl_mean", ".4f"))]
         lines.append([name, f"{body_bits([row]):.3f}", *cells])
-    header = [f"{text}, {what}" for text in texts for what in ("perplexity ratio", "KL")]
-    return markdown([title, "bits/weight, layers", *header], lines) + "\nOne seed. Made by `benchmarks/quality.py`.\n"
+    columns = [f"{text}, {what}" for text in texts for what in ("perplexity ratio", "KL")]
+    return markdown([title, "bits/weight, layers", *columns], lines) + "\nOne seed. Made by `benchmarks/quality.py`.\n"
 
 
 def twinquant(model: str, title: str) -> str:
@@ -215,14 +242,14 @@ def twinquant(model: str, title: str) -> str:
         width, _, step = name.partition(" ")
         return int(width.removeprefix("W4A")), TWIN_STEPS.index(step) if step in TWIN_STEPS else len(TWIN_STEPS)
 
-    return scores(rows, {"": sorted(rows, key=place)}, title) + note
+    lines = lines_of(rows, {name: name for name in sorted(rows, key=place)})
+    return markdown(header(title), lines) + note
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": partial(quality, *SMALL),
-    "quality-smollm2-short": partial(quality, *SMALL, SHORT),
+    "quality-brief": brief,
     "quality-genres": partial(genres, *SMALL),
-    "quality-qwen-short": partial(quality, *LARGE, SHORT_UNTUNED),
     "quality-qwen": partial(quality, *LARGE),
     "twinquant-smollm2": partial(twinquant, *SMALL),
     "twinquant-qwen": partial(twinquant, *LARGE),

@@ -188,7 +188,6 @@ def test_rows_of_quality_stand_in_parts_by_their_options_and_there_by_bits(quali
     own = [ready, "trellis", "llama.cpp IQ3_S", "trellis 4 bits, no tuning"]
     others = ["unknown", "trellis, nearest", "trellis, no tuning", "llama.cpp IQ3_S, padded"]
     assert names_in(tables.quality("m", "M")) == [*own, packages, "HQQ", controls, *others]
-    assert names_in(tables.quality("m", "M", ("trellis", "unknown"))) == ["trellis", "unknown"]
 
 
 def test_sizes_are_those_of_the_whole_model_and_padding_is_told(quality_tables):
@@ -215,7 +214,25 @@ def test_twinquant_s_furthest_rows_stand_beside_the_others_under_a_name_that_say
     }
     write("twinquant", **rows)
     own = ["trellis", "TwinQuant W4A8", "TwinQuant W4A4, not learned, not tuned"]
-    assert names_in(tables.quality("m", "M")) == own
+    assert names_in(tables.quality("m", "M")) == [f"**{tables.PARTS[0]}**", *own]
+
+
+def test_the_readme_s_table_has_what_there_is_to_choose_from_on_each_model(quality_tables, monkeypatch):
+    tables, write = quality_tables
+    monkeypatch.setattr(tables, "SMALL", ("m", "M"))
+    monkeypatch.setattr(tables, "LARGE", ("n", "N"))
+    rows = {
+        "trellis": score(3.1, FEWBIT),
+        "trellis, no tuning": score(3.1, {**FEWBIT, "tune": False}),
+        "trellis, 3.25 bits by sensitivity": score(3.3, FEWBIT),
+        "trellis 4 bits, no tuning": score(4.0, {**FEWBIT, "tune": False}),
+        "llama.cpp IQ3_S + imatrix": score(3.4, LLAMA),
+        "llama.cpp IQ3_S + imatrix, padded": score(3.4, {**LLAMA, "pad": True}),
+        "HQQ": score(3.5, {"method": "hqq", "calib_tokens": 0}),
+    }
+    write("quality", **rows)
+    small = ["fewbit itq3_s 3 bits", "llama.cpp IQ3_S", "fewbit itq3_s 4 bits, not tuned"]
+    assert names_in(tables.brief()) == ["**M**", *small, "**N**"]
 
 
 def test_rows_with_a_branch_of_the_former_rounding_are_marked(quality_tables, monkeypatch):
