@@ -168,7 +168,9 @@ def learning() -> str:
         for name, rows in measured("twinquant", model).items():
             for row in rows:
                 stages = row.get("stage_seconds") or {}
-                if LEARNING[-1] in stages and not row.get("resumed_tensors"):
+                # Older rows call it resumed_tensors.
+                resumed = row.get("resumed") or row.get("resumed_tensors")
+                if LEARNING[-1] in stages and not resumed:
                     took = [sum(stages[stage] for stage in LEARNING if stage in stages), row["quantize_seconds"]]
                     minutes = [f"{seconds / 60:.1f} min" for seconds in took]
                     lines.append([f"{title}, {name}", str(row["learning"]["steps"]), *minutes])

@@ -289,7 +289,7 @@ def test_the_papers_steps_stand_beside_the_same_steps_here(tmp_path, monkeypatch
     stages = {"running the full model": 30.0, "learning the axes": 90.0, "writing the checkpoint": 5.0}
     machine = {"cpu": "a processor", "isa": "avx2", "cores": 2}
     learned = {"learning": {"steps": 7}, "stage_seconds": stages, "quantize_seconds": 240.0, "environment": machine}
-    rows = {"W4A4 full": score(4.5, TWIN, **learned), "resumed": score(4.5, TWIN, **learned, resumed_tensors=3)}
+    rows = {"W4A4 full": score(4.5, TWIN, **learned), "resumed": score(4.5, TWIN, **learned, resumed=True)}
     write_rows(tmp_path / "twinquant-smollm2-135m.json", **rows)
     assert names_in(tables.learning()) == ["SmolLM2-135M, W4A4 full"]
     assert "| 7 | 2.0 min | 4.0 min |" in tables.learning()
