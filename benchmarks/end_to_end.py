@@ -25,12 +25,12 @@ from encode import commit
 from peers import PACKAGE, VERSION
 from references import reference_dir
 from saving import save
+from torch_linears import packed
 from transformers.utils import logging
 
 from fewbit.assets import default_cache_dir, fetch_model
 from fewbit.environment import environment
 from fewbit.loading import load_any
-from fewbit.ops.extension import load_native
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 
@@ -42,7 +42,7 @@ CHECKPOINTS = {
     "twinquant W4A4": QuantizeOptions(format="twinquant", rounding="nearest", head="itq4", act_bits=4),
 }
 TYPES = ("Q4_K_M", "Q4_0", "IQ3_S")
-TORCH = "bfloat16"
+TORCH = {"bfloat16": 16, "int8": 8, "int4": 4}  # bits of the weights
 PROMPT, GENERATED = 512, 64
 PIECE = "The history of the town begins "
 
@@ -64,8 +64,9 @@ def contestants(model: str, chosen: list[str]) -> Iterator[tuple[str, str, Path]
         if f"llama.cpp {kind}" in chosen:
             source = next(fetch_model(model).glob("*.gguf"))
             yield "llama.cpp", kind, llama.made_file(source, kind, default_cache_dir() / "gguf" / model)
-    if f"torch {TORCH}" in chosen:
-        yield "torch", TORCH, reference_dir(model, 0)
+    for name in TORCH:
+        if f"torch {name}" in chosen:
+            yield "torch", name, reference_dir(model, 0)
 
 
 def fewbit(*arguments: str) -> tuple[str, float, int]:
@@ -107,6 +108,7 @@ def fewbit_speeds(path: Path, threads: int) -> dict[str, float]:
         "prefill": report["prefill"][0]["tokens_per_second"],
         "decode": report["decode"][0]["tokens_per_second"],
         "bandwidth_share": report["bandwidth_share"],
+        "read_bytes_per_second": report["read_bytes_per_second"],
     }
 
 
@@ -116,9 +118,12 @@ def llama_speeds(path: Path, threads: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def torch_speeds(model: Any, threads: int) -> dict[str, float]:
-    """transformers' model in bfloat16 with its own cache."""
+def torch_speeds(path: Path, name: str, threads: int) -> dict[str, float]:
+    """transformers' model in bfloat16 with its own cache, its linears in the bits that the name says."""
     torch.set_num_threads(threads)
+    model, _ = load_any(path, torch.bfloat16)
+    if TORCH[name] < 16:
+        model = packed(model, TORCH[name])
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
     # As the others: warm, and with the logits of the last position alone.
     model(ids[:, :8], use_cache=True)
@@ -153,32 +158,14 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
     return found
 
 
-def read_rate(threads: int) -> float:
-    """Bytes per second that so many threads read from memory."""
-    native = load_native()
-    assert native is not None
-    native.set_num_threads(threads)
-    buffer = torch.ones(1 << 29, dtype=torch.uint8)
-    native.read_bytes(buffer)
-    rates = []
-    for _ in range(5):
-        started = time.perf_counter()
-        native.read_bytes(buffer)
-        rates.append(buffer.numel() / (time.perf_counter() - started))
-    return max(rates)
-
-
 def measure(model: str, threads: int, rounds: int, chosen: list[str]) -> list[dict[str, Any]]:
     """One row per contestant."""
     parts = list(contestants(model, chosen))
-    full = None
-    if any(program == "torch" for program, _, _ in parts):
-        full = load_any(reference_dir(model, 0), torch.bfloat16)[0]
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(rounds):
         for program, name, path in parts:
             if program == "torch":
-                speeds = torch_speeds(full, threads)
+                speeds = torch_speeds(path, name, threads)
             else:
                 speeds = (fewbit_speeds if program == "fewbit" else llama_speeds)(path, threads)
             found.setdefault((program, name), []).append(speeds)
@@ -193,7 +180,8 @@ def measure(model: str, threads: int, rounds: int, chosen: list[str]) -> list[di
 
 
 def main() -> None:
-    everyone = [f"fewbit {name}" for name in CHECKPOINTS] + [f"llama.cpp {kind}" for kind in TYPES] + [f"torch {TORCH}"]
+    programs = {"fewbit": CHECKPOINTS, "llama.cpp": TYPES, "torch": TORCH}
+    everyone = [f"{program} {name}" for program, names in programs.items() for name in names]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "qwen2.5-coder-1.5b"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -217,7 +205,6 @@ def main() -> None:
                 "generated_tokens": GENERATED,
                 "rounds": arguments.rounds,
                 "versions": {PACKAGE: VERSION},
-                "read_bytes_per_second": {str(count): read_rate(count) for count in arguments.threads},
                 "rows": rows,
                 "environment": environment(),
                 "commit": commit(),

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture
 def end_to_end(import_benchmark):
     return import_benchmark("end_to_end")
+
+
+@pytest.fixture
+def toy_directory(import_benchmark, tmp_path):
+    return import_benchmark("toy").toy_model(tmp_path)
 
 
 def test_a_summary_has_the_median_and_the_spread_of_every_figure(end_to_end):
@@ -46,3 +53,30 @@ def test_only_the_chosen_contestants_take_part(end_to_end, monkeypatch):
     found = list(end_to_end.contestants("smollm2-135m", ["fewbit itq3_s 4 bits", "torch bfloat16"]))
     assert found == [("fewbit", "itq3_s 4 bits", Path("itq3_s 4 bits")), ("torch", "bfloat16", Path("smollm2-135m"))]
     assert asked == ["itq3_s 4 bits"]
+
+
+def test_memory_s_speed_is_the_one_that_fewbit_bench_measured_in_the_same_run(end_to_end, monkeypatch):
+    said = {"prefill": [{"tokens_per_second": 1.0}], "decode": [{"tokens_per_second": 2.0}]}
+    said |= {"bandwidth_share": 0.5, "read_bytes_per_second": 10}
+    monkeypatch.setattr(end_to_end, "fewbit", lambda *arguments: (json.dumps(said), 0.0, 0))
+    found = end_to_end.fewbit_speeds(Path("x"), 1)
+    assert found == {"prefill": 1.0, "decode": 2.0, "bandwidth_share": 0.5, "read_bytes_per_second": 10}
+
+
+@pytest.mark.parametrize(("bits", "lost"), [(8, 0.01), (4, 0.13)])
+@pytest.mark.parametrize(("rows", "cols", "bias"), [(192, 576, False), (256, 1536, True), (32, 64, False)])
+def test_pytorch_s_packed_linears_are_nearly_the_plain_ones(import_benchmark, bits, lost, rows, cols, bias):
+    linear = torch.nn.Linear(cols, rows, bias=bias).bfloat16()
+    x = torch.randn(2, 3, cols).bfloat16()
+    with torch.inference_mode():
+        exact, found = linear(x).float(), import_benchmark("torch_linears").Packed(linear, bits)(x).float()
+    assert found.shape == (2, 3, rows)
+    assert (found - exact).norm() < lost * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
+def test_pytorch_s_contestants_decode_a_toy_model(end_to_end, toy_directory, monkeypatch, name):
+    monkeypatch.setattr(end_to_end, "PROMPT", 16)
+    monkeypatch.setattr(end_to_end, "GENERATED", 2)
+    speeds = end_to_end.torch_speeds(toy_directory, name, 1)
+    assert min(speeds["prefill"], speeds["decode"]) > 0
