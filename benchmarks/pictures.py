@@ -19,7 +19,7 @@ from matplotlib.ticker import NullLocator
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "quality.svg"
 MODELS = dict((SMALL, LARGE))
 # Told apart by whoever sees few colours, and by their marks.
-SERIES = {"fewbit": ("o-", "#1f8fd6"), "TwinQuant": ("^", "#009e73"), "others": ("s", "#d55e00")}
+SERIES = {"fewbit itq3_s": ("o-", "#1f8fd6"), "fewbit twinquant": ("^", "#009e73"), "others": ("s", "#d55e00")}
 TICKS = [digit * scale for scale in (0.001, 0.01, 0.1, 1, 10) for digit in (1, 2, 5)]
 NEAR_BITS, NEAR_RATIO = 0.5, 1.3  # of points whose names would lie on each other
 GREY = "#808080"  # to be read on light and on dark pages
@@ -35,9 +35,9 @@ def shown(row: str) -> tuple[str, str]:
         return "others", row
     series, _, rest = row.partition(" ")
     if series == "TwinQuant":
-        return series, rest.partition(",")[0]
+        return "fewbit twinquant", rest.partition(",")[0]
     plain = row.removesuffix(", no tuning")
-    return ("fewbit" if plain in ("trellis", "trellis 2 bits", "trellis 4 bits") else ""), ""
+    return ("fewbit itq3_s" if plain in ("trellis", "trellis 2 bits", "trellis 4 bits") else ""), ""
 
 
 def points() -> dict[str, dict[str, list[Point]]]:
