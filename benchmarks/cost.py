@@ -31,7 +31,15 @@ from fewbit.pipeline.predict import predict
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "cost.json"
 MODELS = ("smollm2-135m", "qwen2.5-coder-1.5b")
-SETTINGS = {"nearest": ("--rounding", "nearest"), "calibrated": ("--no-tune",), "calibrated and tuned": ()}
+TWIN = ("--format", "twinquant")
+SETTINGS = {
+    "nearest": ("--rounding", "nearest"),
+    "calibrated": ("--no-tune",),
+    "calibrated and tuned": (),
+    "twinquant, calibrated": (*TWIN, "--no-learn", "--no-tune"),
+    "twinquant, learned": (*TWIN, "--no-tune"),
+    "twinquant, learned and tuned": TWIN,
+}
 LARGER = {
     "8B shape": LlamaConfig(**SHAPE, num_hidden_layers=32, tie_word_embeddings=False),
     "70B shape": LlamaConfig(
