@@ -69,7 +69,10 @@ def measure(
     row, base = scores["row"], scores["full"]
     return {
         "options": asdict(options),
-        **{key: result[key] for key in ("bits_per_weight", "bytes", "mean_relative_error", "stage_seconds", "resumed")},
+        **{
+            key: result[key]
+            for key in ("bits_per_weight", "bytes", "mean_relative_error", "stage_seconds", "resumed", "executor")
+        },
         "quantize_seconds": result["seconds"],
         "learning": record.get("learning"),
         "tuning": record.get("tuning"),
