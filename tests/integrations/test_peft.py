@@ -78,7 +78,7 @@ def test_a_fresh_adapter_adds_nothing_and_a_trained_one_its_product(checkpoints,
         assert torch.equal(model(IDS).logits, load(checkpoints / name)(IDS).logits)
     train(model, 3)
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    x = torch.randn(5, 64)
+    x = torch.randn(5, layer.in_features)
     with torch.no_grad():
         product = 2.0 * x @ layer.lora_A.default.weight.T @ layer.lora_B.default.weight.T
         assert product.abs().max() > 0
