@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-import shlex
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
 
 # Where Triton is installed the tests run its kernels on the CPU, which it decides for good when it is first imported.
@@ -22,6 +21,7 @@ import torch
 
 from fewbit.assets import fetch_model, fetch_text
 from fewbit.errors import CorruptFile, FewbitError
+from pages import Reader
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -54,39 +54,20 @@ def run(capfd, monkeypatch):
 
 
 @pytest.fixture
-def host_section(run, monkeypatch, tmp_path):
-    """Runs a section of docs/hosts.md: `host_section("PEFT", OUT=path, ...)`.
+def reader(run, monkeypatch, tmp_path):
+    """A `pages.Reader` in the temporary directory, which is the current one as well."""
+    monkeypatch.chdir(tmp_path)
+    with closing(Reader(run, monkeypatch, tmp_path)) as found:
+        yield found
 
-    Its Python blocks run one after another in one namespace, which comes back, its shell lines that call fewbit in this
-    process; files are written to a temporary directory. Names such as OUT stand for the paths given. With `languages`
-    only blocks of these run; `only` gives the texts instead.
-    """
 
-    def run_section(title, languages=("python", "sh"), only=False, **places):
-        page = (BENCHMARKS.parent / "docs" / "hosts.md").read_text(encoding="utf-8")
-        section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
-        monkeypatch.chdir(tmp_path)
-        namespace: dict = {"__name__": "example"}
-        texts = []
-        for language, body in re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
-            for name, path in places.items():
-                body = re.sub(rf"\b{name}\b", str(path), body)
-            if language not in languages:
-                continue
-            texts.append(body)
-            if only:
-                continue
-            if language == "python":
-                exec(compile(body, f"hosts.md, {title}", "exec", dont_inherit=True), namespace)
-            for line in body.splitlines() if language == "sh" else ():
-                assert line.startswith("fewbit "), line
-                code, out, err = run(*shlex.split(line)[1:])
-                assert code == 0, err
-                namespace.setdefault("printed", []).append(out)
-        assert texts, f"the section {title} has no blocks"
-        return texts if only else namespace
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Where no number of steps is given, models are tuned and axes learned for two."""
+    from fewbit.pipeline import options
 
-    return run_section
+    for name, value in {"STEP_WEIGHTS": 0, "LEAST_STEPS": 2, "LEARNED_WEIGHTS": 0, "LEAST_LEARNED": 2}.items():
+        monkeypatch.setattr(options, name, value)
 
 
 @pytest.fixture

@@ -1,44 +1,35 @@
 """The documentation is true where a machine can tell: links, commands, code, quoted errors, stored parts."""
 
 import ast
+import itertools
+import json
 import re
-import shlex
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import typer.main
 
+from fewbit import __version__
+from fewbit.checkpoint.store import FORMAT_VERSION
 from fewbit.cli import app
 from fewbit.dtypes import name_of, torch_dtype
 from fewbit.formats import base, format_names, get_format
 from fewbit.math.rounding import inverse_factor, quantize_rotated
+from pages import PAGES, ROOT, blocks, prose_of, text_of, words_of
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 VERBS = typer.main.get_command(app).commands
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 PLACEHOLDER = "\0"
 
 
-def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    """The fenced blocks of a page in some languages."""
-    return [textwrap.dedent(body) for _, language, body in FENCE.findall(text_of(page)) if language in languages]
-
-
 def inline_code(page: Path) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text_of(page)))
+    return re.findall(r"`([^`\n]+)`", prose_of(page))
 
 
-def commands(page: Path) -> list[str]:
-    """The lines of a page's shell blocks that call fewbit."""
-    lines = "\n".join(blocks(page, "sh", "bash", "console", "")).replace("\\\n", " ").splitlines()
-    return [line.strip().removeprefix("$ ") for line in lines if re.match(r"\s*(\$ )?fewbit ", line)]
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command in a page's shell blocks, without the variables set in front."""
+    found = [words_of(command) for block in blocks(page, "sh") for command in block.commands()]
+    return [list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)) for words in found]
 
 
 def options(verb: str) -> set[str]:
@@ -75,9 +66,11 @@ def test_relative_links_lead_somewhere(page):
 
 @pages()
 def test_commands_in_code_blocks_are_understood(page):
-    for command in commands(page):
-        _, verb, *arguments = shlex.split(command, comments=True)
-        VERBS[verb].make_context(verb, arguments).close()
+    for program, *arguments in commands(page):
+        if program == "fewbit":
+            VERBS[arguments[0]].make_context(arguments[0], arguments[1:]).close()
+        for argument in arguments:
+            assert not argument.endswith(".py") or (ROOT / argument).exists(), argument
 
 
 @pages()
@@ -94,14 +87,16 @@ def test_commands_and_options_in_running_text_exist(page):
 @pages()
 def test_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z0-9-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
-    mentioned = "\n".join([*inline_code(page), *blocks(page, "sh")])
+    mentioned = "\n".join([*inline_code(page), *map(" ".join, commands(page))])
     assert set(re.findall(r"^make ([a-z0-9-]+)", mentioned, re.MULTILINE)) <= targets
 
 
 @pages()
-def test_python_blocks_compile(page):
-    for block in blocks(page, "python"):
-        compile(block, page.name, "exec")
+def test_code_stands_in_fences_with_a_language(page):
+    prose = prose_of(page)
+    assert not re.findall(r"^(?: {4}|\t).*", prose, re.MULTILINE)
+    assert not re.findall(r"^.*(?:```|~~~).*", prose, re.MULTILINE)
+    assert all(block.language for block in blocks(page))
 
 
 @pages()
@@ -133,10 +128,25 @@ def test_the_checkpoint_page_lists_the_parts_that_a_format_stores(name):
     assert listed == [(part, str(torch_dtype(dtype)).removeprefix("torch.")) for part, (_, dtype) in layout.items()]
 
 
-def test_the_example_format_works(monkeypatch):
+def test_the_checkpoint_page_s_example_is_what_a_format_writes():
+    (block,) = blocks(ROOT / "docs" / "checkpoint.md", "json")
+    written = json.loads(f"{{{block.code}}}")["quantization_config"]
+    ((_, module),) = written.pop("modules").items()
+    assert module == {"kind": "body", **get_format("trellis").spec(576, 576, 3).to_json()}
+    assert written == {"quant_method": "fewbit", "format_version": FORMAT_VERSION, "requires": f"fewbit>={__version__}"}
+
+
+def test_the_ranks_of_the_twinquant_page_give_branches():
+    ranks = [int(words[words.index("--rank") + 1])
+             for words in commands(ROOT / "docs" / "twinquant.md") if "--rank" in words]  # fmt: skip
+    assert ranks
+    for rank in ranks:
+        assert get_format("twinquant").spec(4096, 4096, 4, rank=rank).rank == rank
+
+
+def test_the_example_format_works(reader, monkeypatch):
     monkeypatch.setattr(base, "_FORMATS", dict(base._FORMATS))
-    (example,) = blocks(ROOT / "docs" / "add-a-format.md", "python")
-    exec(compile(example, "add-a-format.md", "exec", dont_inherit=True), {"__name__": "example"})
+    reader.read(blocks(ROOT / "docs" / "add-a-format.md"))
     fmt = base.get_format("row4")
     spec = fmt.spec(17, 576, 4)
     weight = torch.randn(17, 576, generator=torch.Generator().manual_seed(0))
@@ -149,4 +159,4 @@ def test_the_example_format_works(monkeypatch):
 
 def test_the_example_family_is_the_one_in_the_package():
     example = blocks(ROOT / "docs" / "add-a-model.md", "python")[0]
-    assert example == text_of(ROOT / "src" / "fewbit" / "models" / "qwen.py")
+    assert example.code == text_of(ROOT / "src" / "fewbit" / "models" / "qwen.py")

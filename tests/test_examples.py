@@ -1,4 +1,4 @@
-"""The scripts of `examples/` do what they say, on a tiny model; the one for vLLM is run by its own tests."""
+"""The scripts of `examples/` do what they say, on a tiny model; the one for vLLM runs in integrations/test_vllm.py."""
 
 from __future__ import annotations
 
@@ -53,3 +53,9 @@ def test_a_served_checkpoint_answers_as_the_engine_does(tiny_models, tmp_path):
     with Engine(tmp_path / "out") as engine:
         answer = engine.generate("abc", SamplingParams(max_tokens=8, temperature=0)).text
     assert said.endswith(f"\n{answer}\n")
+
+
+def test_every_example_is_run():
+    here = Path(__file__)
+    tests = "".join(path.read_text(encoding="utf-8") for path in (here, here.parent / "integrations" / "test_vllm.py"))
+    assert [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tests] == []

@@ -10,7 +10,9 @@ import torch
 import fewbit
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
+from pages import ROOT, blocks
 
+PAGE = ROOT / "docs" / "hosts.md"
 compile_ = torch.compile
 
 
@@ -24,36 +26,39 @@ def out(tiny_models, tmp_path_factory):
     return path
 
 
-def test_transformers(host_section, out, monkeypatch, tmp_path):
+def test_transformers(reader, out, monkeypatch, tmp_path):
     # A compiler for machine code would take a minute.
     monkeypatch.setattr(
         torch, "compile", lambda model, fullgraph: compile_(model, fullgraph=fullgraph, backend="eager")
     )
-    found = host_section("transformers", OUT=out, COPY=tmp_path / "copy")
+    reader.put(OUT=out)
+    found = reader.read(blocks(PAGE, section="transformers"))
     ids = torch.arange(12)[None] + 3
     with torch.no_grad():
         assert torch.equal(found["compiled"](ids).logits, found["model"](ids).logits)
-        assert torch.equal(fewbit.load(tmp_path / "copy")[0](ids).logits, found["model"](ids).logits)
+        assert torch.equal(fewbit.load(tmp_path / "COPY")[0](ids).logits, found["model"](ids).logits)
 
 
-def test_peft(host_section, out, tmp_path):
+def test_peft(reader, out, tmp_path):
     pytest.importorskip("peft")
-    found = host_section("PEFT", OUT=out, ADAPTER=tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    reader.put(OUT=out)
+    found = reader.read(blocks(PAGE, section="PEFT"))
+    assert (tmp_path / "ADAPTER" / "adapter_model.safetensors").is_file()
     changed = [value.abs().max() > 0 for name, value in found["model"].named_parameters() if "lora_B" in name]
     assert len(changed) == 4
     assert all(changed)
 
 
-def test_lm_evaluation_harness(host_section, out, tiny_models, tmp_path):
+def test_lm_evaluation_harness(reader, out, tiny_models, tmp_path):
     pytest.importorskip("lm_eval")
-    places = {"OUT": out, "MODEL": tiny_models["tied"], "TASKS": tmp_path}
-    (description,) = host_section("lm-evaluation-harness", ("yaml",), only=True, **places)
-    (tmp_path / "continuations.yaml").write_text(description)
+    (tmp_path / "TASKS").mkdir()
+    (description,) = blocks(PAGE, "yaml", section="lm-evaluation-harness")
+    (tmp_path / "TASKS" / "continuations.yaml").write_text(description.code)
     question = {"start": "The sky is", "choices": ["blue", "loud"], "label": 0}
-    (tmp_path / "questions.jsonl").write_text(3 * (json.dumps(question) + "\n"))
-    found = host_section("lm-evaluation-harness", **places)
+    (tmp_path / "TASKS" / "questions.jsonl").write_text(3 * (json.dumps(question) + "\n"))
+    reader.put(OUT=out, MODEL=tiny_models["tied"])
+    found = reader.read(blocks(PAGE, "python", "sh", section="lm-evaluation-harness"))
     accuracy = found["found"]["results"]["continuations"]["acc,none"]
     assert accuracy in (0, 1)  # three times the same question
-    assert f"{accuracy:.4f}" in found["printed"][0]
-    assert "reference" in found["printed"][0]
+    assert f"{accuracy:.4f}" in reader.printed[0]
+    assert "reference" in reader.printed[0]

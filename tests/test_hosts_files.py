@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gguf_files import write_gguf
+from pages import ROOT, Block, blocks
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "hosts.md"
-
-
-def blocks(section: str, language: str) -> list[str]:
-    """The fenced blocks in one language of a section of the page."""
-    text = PAGE.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    text = text.partition("\n### ")[0]
-    return [textwrap.dedent(body) for body in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+PAGE = ROOT / "docs" / "hosts.md"
 
 
-def fewbit_lines(text: str) -> Iterator[list[str]]:
-    for line in text.splitlines():
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "fewbit", line
-        yield arguments
-
-
-def test_gguf_goes_in_and_safetensors_come_out(make_tiny, calibration_text, tmp_path, monkeypatch, run):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("few_steps")
+def test_gguf_goes_in_and_safetensors_come_out(make_tiny, calibration_text, tmp_path, reader):
     write_gguf(tmp_path / "model.gguf", make_tiny("qwen2"), "F16")
     (tmp_path / "calibration.txt").write_text(calibration_text.read_text()[:4000])
-    compress, convert = blocks("GGUF in, safetensors out", "sh")
-    for arguments in [*fewbit_lines(compress), *fewbit_lines(convert)]:
-        code, _, err = run(*arguments)
-        assert code == 0, err
+    section = "GGUF in, safetensors out"
+    reader.read(blocks(PAGE, "sh", section=section))
     assert (tmp_path / "CONVERTED" / "model.safetensors").exists()
-    (program,) = blocks("GGUF in, safetensors out", "python")
+    (program,) = blocks(PAGE, "python", section=section)
     blocked = "import sys\nsys.modules['fewbit'] = None\n"
-    done = subprocess.run([sys.executable, "-c", blocked + program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", blocked + program.code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time")
 
@@ -77,10 +59,11 @@ def test_a_cluster_of_two_nodes_quantizes(tiny_models, calibration_text, tmp_pat
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path}
 
-    def here(block: str) -> str:
-        return block.replace("HEAD:6379", f"127.0.0.1:{port}").replace("6379", str(port)).replace("SHARED", str(shared))
+    def here(block: Block) -> str:
+        code = block.code.replace("HEAD:6379", f"127.0.0.1:{port}").replace("6379", str(port))
+        return code.replace("SHARED", str(shared))
 
-    token, start, quantize = map(here, blocks("Ray", "sh"))
+    token, start, quantize = map(here, blocks(PAGE, "sh", section="Ray"))
     subprocess.run(["sh", "-ec", token], check=True, env=environment)
     assert (shared / "ray-token").stat().st_mode & 0o077 == 0
     # Clusters that others have on this machine stay what they are.
@@ -94,8 +77,8 @@ def test_a_cluster_of_two_nodes_quantizes(tiny_models, calibration_text, tmp_pat
                 command.append("--include-dashboard=false")
             started.append(subprocess.Popen(command, start_new_session=True, env=environment))
             wait_for(port, started[0])
-        (arguments,) = fewbit_lines(quantize)
         program = [sys.executable, "-c", "from fewbit.cli import main; main()"]
+        arguments = shlex.split(quantize)[1:]
         sizes = ["--calib", str(calibration_text), "--calib-tokens", "1024", "--calib-window", "128", "--no-tune"]
         subprocess.run([*program, *arguments, *sizes], check=True, env=environment)
         assert (shared / "out" / "config.json").exists()

@@ -35,11 +35,12 @@ from fewbit.integrations.vllm import FewbitVllmConfig, register
 from fewbit.loading import load
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
+from pages import ROOT, blocks
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent.parent / "docs" / "hosts.md"
+PAGE = ROOT / "docs" / "hosts.md"
 START_SECONDS = 1500  # for an engine to start, compile and answer on a busy machine
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 3, 50]]
 TEXTS = [[504, 3575, 282, 4649, 314], [12615, 36411, 418]]  # "The capital of France is", "Water boils at" in SmolLM2
@@ -221,18 +222,15 @@ def test_more_ranks_than_the_checkpoint_allows_are_an_error_that_names_the_allow
     assert f"{said}; tensor_parallel_size can be 1 for this checkpoint" in done.stderr + done.stdout
 
 
-def blocks(section: str, language: str) -> list[str]:
-    """The code blocks of a section of the hosts' page."""
-    _, _, rest = PAGE.read_text(encoding="utf-8").partition(f"# {section}\n")
-    own = rest.partition("\n## ")[0]
-    return [part.partition("\n```")[0] for part in own.split(f"```{language}\n")[1:]]
+def code_of(section: str, language: str) -> list[str]:
+    """The code blocks directly under a heading of the hosts' page."""
+    return [block.code for block in blocks(PAGE, language, section=section)]
 
 
-def run_block(program: str, directory: Path) -> str:
-    """Run a block of the page as a file beside the checkpoint it names; what it printed."""
-    (directory / "block.py").write_text(program)
+def run_program(directory: Path, *arguments: object) -> str:
+    """Run Python beside the checkpoints; what it printed."""
     done = subprocess.run(
-        [sys.executable, "block.py"],
+        [sys.executable, *map(str, arguments)],
         cwd=directory,
         env=environment(**TRACED),
         capture_output=True,
@@ -244,15 +242,29 @@ def run_block(program: str, directory: Path) -> str:
     return done.stdout
 
 
+def run_block(program: str, directory: Path) -> str:
+    """Run a block of the page as a file beside the checkpoint it names; what it printed."""
+    (directory / "block.py").write_text(program)
+    return run_program(directory, "block.py")
+
+
 def test_the_page_s_offline_block_answers(smollm2_dirs):
-    assert "Paris" in run_block(blocks("vLLM", "python")[0], smollm2_dirs)
+    assert "Paris" in run_block(code_of("vLLM", "python")[0], smollm2_dirs)
+
+
+def test_the_example_continues_every_prompt(smollm2_dirs):
+    prompts = ["The capital of France is", "Water boils at"]
+    said = run_program(smollm2_dirs, ROOT / "examples" / "vllm_offline.py", "smollm2-4bit", *prompts, "--max-tokens", 8)
+    lines = said.splitlines()
+    assert all(any(line.startswith(prompt) and line != prompt for line in lines) for prompt in prompts), said
+    assert "Paris" in said
 
 
 def test_the_page_s_server_answers_the_page_s_client(smollm2_dirs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    (command,), (_, client) = blocks("vLLM", "sh"), blocks("vLLM", "python")
+    (command,), (_, client) = code_of("vLLM", "sh"), code_of("vLLM", "python")
     program = [str(Path(sys.executable).with_name("vllm")), *command.replace("8000", port).split()[1:]]
     log = (smollm2_dirs / "server.log").open("w")
     server = subprocess.Popen(program, cwd=smollm2_dirs, env=environment(**TRACED), stdout=log, stderr=log)
@@ -275,6 +287,6 @@ def test_the_page_s_server_answers_the_page_s_client(smollm2_dirs):
 def test_the_page_s_ray_block_answers_every_prompt(smollm2_dirs):
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed: make test-vllm")
-    said = run_block(blocks("Batch inference through vLLM", "python")[0], smollm2_dirs)
+    said = run_block(code_of("Batch inference through vLLM", "python")[0], smollm2_dirs)
     assert "The capital of France is" in said
     assert "Water boils at" in said
