@@ -20,7 +20,6 @@ PARSED_ONLY = {
     "make test": "installs .venv, and this test is part of it",
     "make fuzz": "installs an environment of its own, and takes 20 minutes",
     "make test-threads": "installs .venv",
-    "fewbit eval OUT --tasks arc_easy": "fetches questions from the hub",
     "python benchmarks/gpu.py": "needs a GPU",
 }
 # Sections whose blocks want more than a model, and the tests that run them.
