@@ -72,7 +72,7 @@ def cost() -> str:
         machines.append(f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores")
     header = ["settings", "model", "billion weights", "time", "peak memory", "predicted time", "predicted memory"]
     note = (
-        f"\n3 bits, {report['calib_tokens']} calibration tokens where it calibrates; "
+        f"\n3 bits (twinquant 4), {report['calib_tokens']} calibration tokens where it calibrates; "
         f"{'; '.join(dict.fromkeys(machines))}. Made by `benchmarks/cost.py`, the 8B shape's measured figures by "
         f"`benchmarks/big.py` with random weights.\n"
     )

@@ -29,8 +29,8 @@ def packed(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return codes, torch.rand(rows, cols // GROUP).half(), torch.tensor([0.01])
 
 
-def median_seconds(work: Callable[[], object], repeats: int, least: float = 0.05) -> float:
-    """Median over `repeats` of the mean seconds of a call."""
+def microseconds(work: Callable[[], object], repeats: int, least: float = 0.05) -> tuple[float, float]:
+    """Median and standard deviation over `repeats` of the mean microseconds of a call."""
     work()
     found = []
     for _ in range(repeats):
@@ -38,8 +38,8 @@ def median_seconds(work: Callable[[], object], repeats: int, least: float = 0.05
         while (spent := time.perf_counter() - started) < least:
             work()
             calls += 1
-        found.append(spent / calls)
-    return statistics.median(found)
+        found.append(1e6 * spent / calls)
+    return round(statistics.median(found), 1), round(statistics.stdev(found), 1)
 
 
 def measure(rows: int, cols: int, tokens: int, act_bits: int, repeats: int) -> dict[str, float]:
@@ -61,13 +61,16 @@ def measure(rows: int, cols: int, tokens: int, act_bits: int, repeats: int) -> d
     def apart() -> torch.Tensor:
         return linear(x, residual, True) + linear(linear(x, down, True), up, False)
 
+    (together, deviation), (separate, separate_deviation) = microseconds(fused, repeats), microseconds(apart, repeats)
     return {
         "rows": rows,
         "cols": cols,
         "tokens": tokens,
         "act_bits": act_bits,
-        "fused_microseconds": round(1e6 * median_seconds(fused, repeats), 1),
-        "apart_microseconds": round(1e6 * median_seconds(apart, repeats), 1),
+        "fused_microseconds": together,
+        "fused_deviation": deviation,
+        "apart_microseconds": separate,
+        "apart_deviation": separate_deviation,
     }
 
 

@@ -19,16 +19,38 @@ from fewbit.torch_later import torch
 _PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy")
 
 
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+def _cpu_facts() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    facts: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+                if not line.strip():
+                    break
+                name, _, value = line.partition(":")
+                facts[name.strip()] = value.strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return facts
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_revision() -> str:
+    """Which processor it is where the name leaves that open, as x86 counts them; empty elsewhere."""
+    facts, parts = _cpu_facts(), ("cpu family", "model", "stepping")
+    return ", ".join(f"{part} {facts[part]}" for part in parts if part in facts).removeprefix("cpu ")
+
+
+def memory_bytes() -> int | None:
+    """The machine's memory, where the system tells it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def multiplies_bfloat16() -> bool:
@@ -51,7 +73,9 @@ def environment() -> dict[str, Any]:
         **{package: metadata.version(package) for package in _PACKAGES},
         "platform": platform.platform(),
         "cpu": cpu_name(),
+        "cpu_revision": cpu_revision(),
         "cores": os.cpu_count(),
+        "memory_bytes": memory_bytes(),
         "native_extension": native is not None,
         "isa": native.isa() if native else "torch",
         "available_isas": list(native.available_isas()) if native else [],
