@@ -160,10 +160,11 @@ def test_trying_again_replaces_the_answer(serve, visit):
     say(page, "hi")
     finished(page)
     served.engine.script = "second"
-    page.get_by_text("Try again").click()
+    page.get_by_text("Try again").press("Enter")
     wait(page, "document.querySelector('.message.model .text').textContent === 'second'")
     finished(page)
     assert served.engine.chats[-1] == [{"role": "user", "content": "hi"}]
+    assert page.locator("#input").evaluate("element => element === document.activeElement")
 
 
 def test_text_that_would_be_code_stays_text(serve, visit):
@@ -212,6 +213,80 @@ def test_markdown_becomes_elements(serve, visit):
     assert text.locator("pre").inner_text() == 'print("hi")'
     assert text.locator("a").get_attribute("href") == "https://example.org/"
     assert text.locator("p").last.inner_text() == "end of 2 * 3 * 4 and snake_case_name"
+
+
+FENCES = """```x = f(1)``` sets x
+
+````python
+```
+still code
+```python
+````
+
+``a ` b`` and `c`
+
+~~~
+``` is not the end
+~~~
+end"""
+
+
+def test_a_fence_ends_with_its_like_and_backticks_in_a_line_are_no_fence(serve, visit):
+    page = visit(serve(script=FENCES))
+    say(page, "show")
+    finished(page)
+    text = page.locator(".message.model .text")
+    kinds = ["p", "div", "p", "div", "p"]
+    assert text.evaluate("element => [...element.children].map(child => child.localName)") == kinds
+    assert text.locator("pre").all_text_contents() == ["```\nstill code\n```python", "``` is not the end"]
+    assert text.locator(".bar span").all_inner_texts() == ["python", ""]
+    assert text.locator("p").all_inner_texts() == ["x = f(1) sets x", "a ` b and c", "end"]
+    assert text.locator("p code").all_inner_texts() == ["x = f(1)", "a ` b", "c"]
+
+
+LINES = """An old pond\x20\x20
+A frog jumps in
+Water's sound
+
+Basho said:
+> one
+> two
+>
+> > ```
+> > deep
+> > ```
+- point
+  more
+"""
+
+
+def test_lines_stay_lines_and_quotes_hold_blocks(serve, visit):
+    page = visit(serve(script=LINES + "\n" + "> " * 3000 + "bottom"))
+    say(page, "show")
+    finished(page)
+    text = page.locator(".message.model .text")
+    assert text.locator("> p").all_inner_texts() == ["An old pond\nA frog jumps in\nWater's sound", "Basho said:"]
+    assert text.locator("> blockquote:first-of-type > p").inner_text() == "one\ntwo"
+    assert text.locator("> blockquote:first-of-type > blockquote pre").inner_text() == "deep"
+    assert text.locator("li").inner_text() == "point\nmore"
+    assert text.locator("> blockquote:last-child").inner_text().endswith("> bottom")
+
+
+def test_what_is_in_use_stays_while_the_answer_grows(serve, visit, until):
+    served = serve(script="First words.\n\n```python\nline()\n" + "more()\n" * 40 + "```\nend", step_seconds=0.01)
+    page = visit(served)
+    say(page, "go")
+    wait(page, "document.querySelector('.block code')?.textContent.includes('more()')")
+    page.evaluate(
+        """() => { window.copying = document.querySelector('.block button'); copying.focus();
+        getSelection().selectAllChildren(document.querySelector('.message.model p')); }"""
+    )
+    assert page.locator(".busy").count() == 1
+    finished(page)
+    assert page.evaluate("copying === document.querySelector('.block button') && copying === document.activeElement")
+    assert page.evaluate("getSelection().toString()") == "First words."
+    assert page.locator("pre").inner_text() == "line()\n" + "\n".join(["more()"] * 40)
+    assert page.locator(".message.model p").all_inner_texts() == ["First words.", "end"]
 
 
 def test_errors_are_shown_and_the_question_can_be_asked_again(serve, visit):

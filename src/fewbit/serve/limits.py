@@ -20,7 +20,7 @@ from fewbit.serve.settings import Settings
 log = logging.getLogger("fewbit.serve")
 
 # What needs no key: the page (whose requests bring it), and the question whether the server lives.
-OPEN = frozenset({"/", "/chat.js", "/style.css", "/health"})
+OPEN = frozenset({"/", "/chat.js", "/markdown.js", "/style.css", "/health"})
 
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

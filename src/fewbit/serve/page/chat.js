@@ -1,6 +1,6 @@
 // The chat page: keeps one conversation, streams the answers from /v1/chat/completions.
-//
-// Nothing a model writes is ever parsed as HTML: elements are made one by one, and text goes in as text.
+
+import { button, copy, make, show } from "./markdown.js";
 
 const find = (id) => document.getElementById(id);
 const [scroll, empty, messages, composer, input, send] =
@@ -11,130 +11,6 @@ const [settings, system, temperature, maxTokens, key] =
 let model = "";
 let turns = []; // {role, content} of the conversation, without the system prompt
 let running = null; // the AbortController of the answer that is coming
-
-function make(tag, className = "", text = "") {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text) element.textContent = text;
-  return element;
-}
-
-function button(text, action) {
-  const element = make("button", "plain", text);
-  element.type = "button";
-  element.addEventListener("click", () => action(element));
-  return element;
-}
-
-async function copy(text, element) {
-  try {
-    await navigator.clipboard.writeText(text);
-    element.textContent = "Copied";
-  } catch {
-    element.textContent = "Not allowed"; // pages without https have no clipboard
-  }
-  setTimeout(() => { element.textContent = "Copy"; }, 1500);
-}
-
-// ---- Markdown: the little that small models write ----
-
-const INLINE = /`([^`\n]+)`|\*\*([^\n]+?)\*\*|\*([^\s*][^*\n]*?)\*|\[([^\]\n]+)\]\(([^\s()]+)\)/g;
-
-function inline(text, parent) {
-  let end = 0;
-  for (const match of text.matchAll(INLINE)) {
-    const [all, code, bold, italic, label, target] = match;
-    const element = code !== undefined ? make("code", "", code)
-      : bold !== undefined ? inline(bold, make("strong"))
-      : italic !== undefined ? inline(italic, make("em"))
-      : link(label, target);
-    if (!element) continue; // stays as it is written
-    parent.append(text.slice(end, match.index), element);
-    end = match.index + all.length;
-  }
-  parent.append(text.slice(end));
-  return parent;
-}
-
-function link(label, target) {
-  let url;
-  try {
-    url = new URL(target);
-  } catch {
-    return null;
-  }
-  if (!["http:", "https:", "mailto:"].includes(url.protocol)) return null;
-  const element = make("a", "", label);
-  element.href = url.href;
-  element.target = "_blank";
-  element.rel = "noopener noreferrer";
-  return element;
-}
-
-function codeBlock(language, lines) {
-  const block = make("div", "block");
-  const bar = make("div", "bar");
-  const text = lines.join("\n");
-  bar.append(make("span", "", language), button("Copy", (element) => copy(text, element)));
-  const pre = make("pre");
-  pre.append(make("code", "", text));
-  block.append(bar, pre);
-  return block;
-}
-
-const FENCE = /^\s*(`{3,}|~{3,})\s*([\w+#.-]*)/;
-const ITEM = /^\s*(?:[-*+]|(\d{1,9})[.)])\s+(.*)/;
-const HEADING = /^(#{1,6})\s+(.*)/;
-const RULE = /^\s*([-*_])(?:\s*\1){2,}\s*$/;
-
-function markdown(text) {
-  const blocks = [];
-  const lines = text.split("\n");
-  let paragraph = null;
-  let list = null;
-  for (let at = 0; at < lines.length; at++) {
-    const line = lines[at];
-    const fence = FENCE.exec(line);
-    if (fence) {
-      const inside = [];
-      while (++at < lines.length && !lines[at].trim().startsWith(fence[1])) inside.push(lines[at]);
-      blocks.push(codeBlock(fence[2], inside));
-      paragraph = list = null;
-      continue;
-    }
-    const heading = HEADING.exec(line);
-    const item = RULE.test(line) ? null : ITEM.exec(line);
-    if (!line.trim()) {
-      paragraph = null;
-    } else if (RULE.test(line)) {
-      blocks.push(make("hr"));
-      paragraph = list = null;
-    } else if (heading) {
-      blocks.push(inline(heading[2], make(`h${Math.min(heading[1].length + 1, 5)}`)));
-      paragraph = list = null;
-    } else if (item) {
-      const tag = item[1] === undefined ? "ul" : "ol";
-      if (list?.localName !== tag) {
-        list = make(tag);
-        if (tag === "ol") list.start = Number(item[1]);
-        blocks.push(list);
-      }
-      list.append(inline(item[2], make("li")));
-      paragraph = list.lastChild;
-    } else if (paragraph) {
-      inline(`\n${line}`, paragraph);
-    } else if (line.startsWith(">")) {
-      paragraph = inline(line.replace(/^>\s?/, ""), make("blockquote"));
-      blocks.push(paragraph);
-      list = null;
-    } else {
-      paragraph = inline(line, make("p"));
-      blocks.push(paragraph);
-      list = null;
-    }
-  }
-  return blocks;
-}
 
 // ---- The conversation on the page ----
 
@@ -238,12 +114,13 @@ async function answer() {
   let problem = "";
   let first = 0;
   let last = 0;
+  let blocks = [];
   let drawing = 0;
   const start = performance.now();
   const draw = () => {
     drawing = 0;
     const follow = nearEnd();
-    text.replaceChildren(...markdown(content));
+    blocks = show(content, text, blocks);
     shown.textContent = tokens ? numbers(tokens, first, last, start) : "";
     if (follow) toEnd();
   };
@@ -294,6 +171,7 @@ function retry(message, content) {
   if (content) turns.pop();
   message.remove();
   answer();
+  input.focus(); // the button that had the focus is gone
 }
 
 function ask(content) {
