@@ -8,8 +8,9 @@ const [scroll, empty, messages, composer, input, send] =
 const [settings, system, temperature, maxTokens, key] =
   ["settings", "system", "temperature", "max-tokens", "key"].map(find);
 
-let model = "";
-let turns = []; // {role, content} of the conversation, without the system prompt
+// The conversation without the system prompt: {role: "user", parts} and {role: "assistant", content}.
+// A question has several parts where earlier ones found no answer, as chats alternate.
+let turns = [];
 let running = null; // the AbortController of the answer that is coming
 
 // ---- The conversation on the page ----
@@ -37,10 +38,22 @@ function addUser(content) {
   toEnd();
 }
 
-function numbers(tokens, first, last, start) {
+function addReply() {
+  const reply = { ...addMessage("model"), foot: make("div", "foot"), numbers: make("span", "numbers") };
+  reply.message.classList.add("busy");
+  messages.setAttribute("aria-busy", "true");
+  reply.foot.append(reply.numbers);
+  reply.message.append(reply.foot);
+  toEnd();
+  return reply;
+}
+
+function numbers({ tokens, exact, first, last, start }) {
+  if (!tokens) return "";
+  const count = `${exact ? "" : "at least "}${tokens} token${tokens === 1 ? "" : "s"}`;
   const rate = tokens > 1 && last > first ? `${(1000 * (tokens - 1) / (last - first)).toFixed(1)} tokens/s` : "";
   const wait = first ? `${((first - start) / 1000).toFixed(2)} s to the first` : "";
-  return [`${tokens} token${tokens === 1 ? "" : "s"}`, rate, wait].filter(Boolean).join(" \u00b7 ");
+  return [[count, rate].filter(Boolean).join(exact ? " \u00b7 " : ", "), wait].filter(Boolean).join(" \u00b7 ");
 }
 
 // ---- Talking to the server ----
@@ -78,10 +91,10 @@ async function* events(response) {
   }
 }
 
-async function request(signal) {
+async function request(talk, signal) {
+  const said = talk.map(({ role, content, parts }) => ({ role, content: content ?? parts.join("\n\n") }));
   const body = {
-    model,
-    messages: [...(system.value.trim() ? [{ role: "system", content: system.value }] : []), ...turns],
+    messages: [...(system.value.trim() ? [{ role: "system", content: system.value }] : []), ...said],
     temperature: Number(temperature.value),
     stream: true,
     stream_options: { include_usage: true },
@@ -92,78 +105,90 @@ async function request(signal) {
   });
   if (response.ok) return response;
   if (response.status === 401) askForKey();
-  throw new Error(await refusal(response));
+  throw Object.assign(new Error(await refusal(response)), { refused: response.status < 500 });
+}
+
+// Adds an event to what has come so far; whether there is more text.
+function take(event, got) {
+  if (event.usage) Object.assign(got, { tokens: event.usage.completion_tokens, exact: true });
+  const choice = event.choices[0];
+  got.reason = choice?.finish_reason ?? got.reason;
+  if (!choice?.delta.content) return false;
+  got.last = performance.now();
+  got.first ||= got.last;
+  got.tokens += 1; // until the end tells, which it does not if stopped: a chunk has a token or more
+  got.content += choice.delta.content;
+  return true;
 }
 
 async function answer() {
   const control = new AbortController();
-  running = control;
-  update();
-  const { message, text } = addMessage("model");
-  message.classList.add("busy");
-  messages.setAttribute("aria-busy", "true");
-  const foot = make("div", "foot");
-  const shown = make("span", "numbers");
-  foot.append(shown);
-  message.append(foot);
-  toEnd();
-
-  let content = "";
-  let tokens = 0;
-  let reason = "";
-  let problem = "";
-  let first = 0;
-  let last = 0;
+  const talk = turns; // a new chat may begin meanwhile
+  const reply = addReply();
+  const got = { content: "", tokens: 0, exact: false, reason: "", first: 0, last: 0, start: performance.now() };
   let blocks = [];
   let drawing = 0;
-  const start = performance.now();
   const draw = () => {
     drawing = 0;
     const follow = nearEnd();
-    blocks = show(content, text, blocks);
-    shown.textContent = tokens ? numbers(tokens, first, last, start) : "";
+    blocks = show(got.content, reply.text, blocks);
+    reply.numbers.textContent = numbers(got);
     if (follow) toEnd();
   };
+  let problem = null;
+  running = control;
+  update();
   try {
-    const response = await request(control.signal);
-    for await (const event of events(response)) {
-      if (event.usage) tokens = event.usage.completion_tokens;
-      const choice = event.choices[0];
-      if (!choice) continue;
-      reason = choice.finish_reason ?? reason;
-      if (!choice.delta.content) continue;
-      last = performance.now();
-      first ||= last;
-      tokens += 1;
-      content += choice.delta.content;
-      drawing ||= requestAnimationFrame(draw);
+    for await (const event of events(await request(talk, control.signal))) {
+      if (take(event, got)) drawing ||= requestAnimationFrame(draw);
     }
   } catch (error) {
-    if (error.name !== "AbortError") problem = error.message;
+    if (!control.signal.aborted) problem = error;
   }
   cancelAnimationFrame(drawing);
-  if (running !== control) return; // a new chat has begun
-  running = null;
-  message.classList.remove("busy");
-  messages.setAttribute("aria-busy", "false");
-  const follow = nearEnd();
   draw();
-  if (control.signal.aborted) shown.textContent += `${tokens ? " \u00b7 " : ""}stopped`;
+  const follow = reply.message.isConnected && nearEnd();
+  if (running === control) {
+    running = null;
+    messages.setAttribute("aria-busy", "false");
+  }
+  finish(reply, got, talk, problem, control.signal.aborted);
+  if (problem || find("model").classList.contains("off")) connect();
+  update();
+  if (follow) toEnd();
+}
+
+function finish({ message, numbers: shown, foot }, { content, reason }, talk, problem, stopped) {
+  message.classList.remove("busy");
+  if (stopped) shown.textContent += `${shown.textContent ? " \u00b7 " : ""}stopped`;
   if (reason === "length") shown.textContent += " \u00b7 the limit of tokens was reached";
-  const again = button("Try again", () => retry(message, content));
-  again.classList.add("again");
-  foot.prepend(again);
+  if (problem?.refused) {
+    takeBack(message, talk);
+  } else {
+    const again = button("Try again", () => retry(message, content));
+    again.classList.add("again");
+    foot.prepend(again);
+  }
   if (content) {
-    turns.push({ role: "assistant", content });
+    talk.push({ role: "assistant", content });
     foot.prepend(button("Copy", (element) => copy(content, element)));
   }
   if (problem) {
-    const error = make("div", "error", `${problem[0].toUpperCase()}${problem.slice(1)}.`);
+    const words = problem.message;
+    const error = make("div", "error", `${words[0].toUpperCase()}${words.slice(1)}.`);
     error.setAttribute("role", "alert");
     message.insertBefore(error, foot);
   }
-  update();
-  if (follow) toEnd();
+}
+
+// What the server refuses is no part of the conversation, or it would refuse all that follows as well.
+function takeBack(message, talk) {
+  message.classList.add("refused");
+  message.previousElementSibling.remove();
+  const { parts } = talk.at(-1);
+  const content = parts.pop();
+  if (!parts.length) talk.pop();
+  input.value = [content, input.value].filter(Boolean).join("\n\n");
 }
 
 function retry(message, content) {
@@ -176,10 +201,9 @@ function retry(message, content) {
 
 function ask(content) {
   if (running || !content.trim()) return;
-  for (const old of messages.querySelectorAll(".again")) old.remove();
-  // After a failure there is a question without an answer; chats alternate.
-  if (turns.at(-1)?.role === "user") turns.at(-1).content += `\n\n${content}`;
-  else turns.push({ role: "user", content });
+  for (const old of messages.querySelectorAll(".again, .refused")) old.remove();
+  if (turns.at(-1)?.role === "user") turns.at(-1).parts.push(content);
+  else turns.push({ role: "user", parts: [content] });
   addUser(content);
   answer();
 }
@@ -238,11 +262,9 @@ async function connect() {
   const name = find("model");
   try {
     const health = await (await fetch("health")).json();
-    model = health.model;
-    name.textContent = model;
-    name.title = model;
+    name.textContent = name.title = health.model;
     name.classList.toggle("off", health.status !== "ok");
-    document.title = `${model} \u00b7 fewbit`;
+    document.title = `${health.model} \u00b7 fewbit`;
     if (health.key_required) {
       find("key-row").hidden = false;
       if (!key.value) askForKey();
