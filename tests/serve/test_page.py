@@ -45,8 +45,9 @@ def visit(browser):
     """`visit(served)` opens the page; whatever the console complains about fails the test unless `noisy`."""
     contexts = []
 
-    def open_page(served, noisy: bool = False, **options):
+    def open_page(served, noisy: bool = False, script: str = "", **options):
         context = browser.new_context(**{"viewport": {"width": 900, "height": 700}, **options})
+        context.add_init_script(script)
         page = context.new_page()
         page.set_default_timeout(20_000)
         complaints: list[str] = []
@@ -76,6 +77,11 @@ def wait(page, expression: str) -> None:
 def say(page, text: str) -> None:
     page.locator("#input").fill(text)
     page.keyboard.press("Enter")
+
+
+def begun(page) -> None:
+    """Until there is some of the last answer."""
+    wait(page, "document.querySelector('.message.model:last-child .text')?.textContent.length > 8")
 
 
 def finished(page, answers: int = 1) -> None:
@@ -155,6 +161,61 @@ def test_a_new_chat_begins_with_nothing(serve, visit, until):
     page.locator(".idea").first.click()
     finished(page)
     assert len(served.engine.chats[-1]) == 1
+
+
+def test_the_chat_before_a_new_one_can_be_had_back(serve, visit, until):
+    served = serve(script="word " * 500, step_seconds=0.01)
+    page = visit(served)
+    assert page.locator("#back").is_hidden()
+    say(page, "go")
+    begun(page)
+    page.keyboard.press("Alt+n")
+    until(lambda: served.engine.stats()["running"] == 0)
+    page.keyboard.press("Alt+n")  # nothing is lost with an empty chat
+    page.get_by_text("Back to the last chat").click()
+    assert page.locator("#empty").is_hidden()
+    assert page.locator(".message.user .text").inner_text() == "go"
+    assert page.locator(".numbers").inner_text().endswith("stopped")
+    served.engine.script = "more"
+    say(page, "go on")
+    finished(page, 2)
+    first, answer, second = served.engine.chats[-1]
+    assert (first["content"], second["content"]) == ("go", "go on")
+    assert answer["content"].startswith("word ")
+
+
+def test_letters_that_a_mac_types_with_option_do_nothing_else(serve, visit):
+    mac = "Object.defineProperty(Navigator.prototype, 'platform', { get: () => 'MacIntel' })"
+    page = visit(serve(script="yes"), script=mac)
+    say(page, "hi")
+    finished(page)
+    for letter in "ns":
+        page.keyboard.press(f"Alt+{letter}")
+    assert page.locator(".message").count() == 2
+    assert page.locator("#settings").is_hidden()
+    assert page.locator("#new").get_attribute("title") == "New chat (Control+Option+N)"
+    page.keyboard.press("Control+Alt+s")
+    page.locator("#system").press("Control+Alt+n")
+    page.keyboard.press("Control+Alt+s")
+    assert page.locator(".message").count() == 2
+    page.keyboard.press("Control+Alt+n")
+    assert page.locator(".message").count() == 0
+
+
+@pytest.mark.parametrize("event", ["{ keyCode: 229 }", "{ isComposing: true }"])
+def test_keys_of_an_input_method_neither_send_nor_stop(serve, visit, event):
+    served = serve(script="word " * 500, step_seconds=0.01)
+    page = visit(served)
+    press = f"""key => document.getElementById('input').dispatchEvent(
+        new KeyboardEvent('keydown', {{ key, bubbles: true, cancelable: true, ...{event} }}))"""
+    page.locator("#input").fill("かな")
+    assert page.evaluate(press, "Enter")
+    assert page.locator(".message").count() == 0
+    page.keyboard.press("Enter")
+    begun(page)
+    page.evaluate(press, "Escape")
+    time.sleep(0.1)
+    assert page.locator(".busy").count() == 1
 
 
 def test_trying_again_replaces_the_answer(serve, visit):
@@ -336,6 +397,22 @@ def test_a_server_that_comes_back_is_talked_to_under_its_new_name(serve, visit):
     page.get_by_text("Try again").click()
     wait(page, "document.querySelector('.message.model .text').textContent === 'fine'")
     wait(page, "document.querySelector('#model:not(.off)')?.textContent === 'another'")
+
+
+def test_the_settings_close_with_a_click_beside_them_and_no_other(serve, visit):
+    page = visit(serve())
+    page.keyboard.press("Alt+s")
+    box = page.locator("#settings").bounding_box()
+    inside, beside = (box["x"] + 8, box["y"] + 8), (box["x"] - 30, box["y"] + 50)
+    page.mouse.click(*inside)
+    for start, end in ((inside, beside), (beside, inside)):
+        page.mouse.move(*start)
+        page.mouse.down()
+        page.mouse.move(*end)
+        page.mouse.up()
+        assert page.locator("#settings").is_visible()
+    page.mouse.click(*beside)
+    assert page.locator("#settings").is_hidden()
 
 
 def test_errors_are_shown_and_the_question_can_be_asked_again(serve, visit):

@@ -11,6 +11,7 @@ const [settings, system, temperature, maxTokens, key] =
 // The conversation without the system prompt: {role: "user", parts} and {role: "assistant", content}.
 // A question has several parts where earlier ones found no answer, as chats alternate.
 let turns = [];
+let left = null; // {turns, shown} of the chat before this one, until the next is left
 let running = null; // the AbortController of the answer that is coming
 
 // ---- The conversation on the page ----
@@ -211,12 +212,25 @@ function ask(content) {
 function newChat() {
   running?.abort();
   running = null;
-  turns = [];
-  messages.replaceChildren();
+  if (turns.length) left = { turns, shown: [...messages.children] };
+  begin([], []);
+}
+
+function begin(talk, shown) {
+  turns = talk;
+  messages.replaceChildren(...shown);
   messages.setAttribute("aria-busy", "false");
-  empty.hidden = false;
+  empty.hidden = shown.length > 0;
+  find("back").hidden = !left;
   update();
+  toEnd();
   input.focus();
+}
+
+function goBack() {
+  const { turns: talk, shown } = left;
+  left = null;
+  begin(talk, shown);
 }
 
 // ---- Controls ----
@@ -289,16 +303,30 @@ composer.addEventListener("submit", (event) => {
 });
 
 input.addEventListener("input", update);
+
+// The key belongs to an input method. Safari ends the composition before it sends the Enter that did so: that is 229.
+const composing = (event) => event.isComposing || event.keyCode === 229;
+
 input.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || composing(event)) return;
   event.preventDefault();
   if (!running) composer.requestSubmit();
 });
 
+// On a Mac Option and a letter type a character, elsewhere Control, Alt and a letter do.
+const MAC = /^(Mac|iP)/.test(navigator.platform);
+if (MAC) {
+  for (const element of [find("new"), find("open-settings")]) {
+    element.title = element.title.replace("Alt+", "Control+Option+");
+    element.setAttribute("aria-keyshortcuts", `Control+${element.getAttribute("aria-keyshortcuts")}`);
+  }
+}
+
 document.addEventListener("keydown", (event) => {
+  if (composing(event)) return;
   if (event.key === "Escape" && running && !settings.open) running.abort();
-  if (!event.altKey || event.ctrlKey || event.metaKey) return;
-  if (event.code === "KeyN") newChat();
+  if (!event.altKey || event.ctrlKey !== MAC || event.metaKey) return;
+  if (event.code === "KeyN" && !settings.open) newChat();
   else if (event.code === "KeyS") settings.open ? settings.close() : settings.showModal();
   else return;
   event.preventDefault();
@@ -307,10 +335,20 @@ document.addEventListener("keydown", (event) => {
 for (const idea of document.querySelectorAll(".idea")) idea.addEventListener("click", () => ask(idea.textContent));
 for (const field of [system, temperature, maxTokens, key]) field.addEventListener("input", remember);
 find("new").addEventListener("click", newChat);
+find("back").addEventListener("click", goBack);
 find("open-settings").addEventListener("click", () => settings.showModal());
 settings.addEventListener("close", () => input.focus());
+
+function beside(event) {
+  const { left: x, right, top: y, bottom } = settings.getBoundingClientRect();
+  return event.clientX < x || event.clientX > right || event.clientY < y || event.clientY > bottom;
+}
+
+// A click beside the dialog closes it; dragging a selection out of it ends there, too, but does not begin there.
+let pressedBeside = false;
+settings.addEventListener("pointerdown", (event) => { pressedBeside = beside(event); });
 settings.addEventListener("click", (event) => {
-  if (event.target === settings) settings.close(); // beside the dialog
+  if (event.target === settings && pressedBeside && beside(event)) settings.close();
 });
 
 recall();
