@@ -53,3 +53,9 @@ def test_errors_far_apart_share_a_logarithmic_axis_that_holds_all_of_them():
     assert axis.low < 0.004 < 0.1 < axis.high
     assert not error_axis(far[:1]).log
     assert error_axis([]).high > error_axis([]).low
+
+
+def test_an_error_of_zero_lies_at_the_low_end_of_a_logarithmic_axis():
+    svg = errors_svg({"q": [(0, 0.1), (1, 0.0)], "k": [(0, 0.004), (1, 0.004)]})
+    first = next(node for node in ElementTree.fromstring(svg).iter() if node.get("class") == "line k0")
+    assert float(first.get("points", "").split(",")[-1]) == WIDE.bottom

@@ -23,7 +23,8 @@ def run(name: str, *arguments: object) -> str:
     # The command `fewbit` is beside the interpreter, whether its environment is active or not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,6 +40,8 @@ def test_compressing_says_what_it_cost(tiny_models, tmp_path, texts):
     full, packed = (float(found) for found in re.findall(r"divergence (\S+)", said))
     assert full == 0
     assert 0 < packed < 1
+    again = run("compress.py", tiny_models["tied"], tmp_path / "out", *texts)
+    assert again.splitlines()[-3:] == said.splitlines()[-3:]
 
 
 def test_more_bytes_diverge_less(tiny_models, tmp_path, texts):
@@ -47,7 +50,10 @@ def test_more_bytes_diverge_less(tiny_models, tmp_path, texts):
     assert 0 < large < small
 
 
-def test_a_served_checkpoint_answers_as_the_engine_does(tiny_models, tmp_path):
+def test_a_served_checkpoint_answers_as_the_engine_does(tiny_models, tmp_path, monkeypatch):
+    # A proxy that nobody runs.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
     quantize(tiny_models["tied"], tmp_path / "out", QuantizeOptions(rounding="nearest"))
     said = run("serve_and_ask.py", tmp_path / "out", "abc", "--max-tokens", 8)
     with Engine(tmp_path / "out") as engine:

@@ -206,6 +206,25 @@ def test_one_model_or_equal_models_make_a_figure(report, frame):
                 ElementTree.fromstring(trade_svg(rows, [], score, score, frame))
 
 
+@pytest.mark.parametrize("frame", [WIDE, NARROW])
+def test_bars_of_the_standard_error_are_whole_and_to_scale(report, frame):
+    models = [dict(row, perplexity=17 + index / 10) for index, row in enumerate(report["models"])]
+    for factor in (1, 10):
+        spreads = (0.2, 0.4, 0.8, 1.6)
+        for row, spread in zip(models[1:], spreads, strict=True):
+            row["perplexity"] *= factor
+            row["perplexity_stderr"] = spread
+        root = ElementTree.fromstring(trade_svg(models, [], "perplexity", "perplexity", frame))
+        bars = [node for node in root.iter() if node.get("x1") and node.get("x1") == node.get("x2")]
+        bars = [node for node in bars if node.get("class") != "grid"]
+        ends = [(float(bar.get("y1", "")), float(bar.get("y2", ""))) for bar in bars]
+        assert all(frame.top < high < low < frame.bottom for low, high in ends)
+        lengths = [low - high for low, high in ends]
+        assert lengths == sorted(lengths)
+        if factor == 1:
+            assert lengths == pytest.approx([lengths[0] * spread / 0.2 for spread in spreads], rel=0.05)
+
+
 def test_a_strip_has_a_cell_for_every_linear_also_of_deep_models():
     deep = {kind: [(layer, 3.0) for layer in range(96)] for kind in KINDS}
     for frame in (WIDE, NARROW):

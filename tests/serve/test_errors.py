@@ -54,7 +54,7 @@ def check(answer: httpx2.Response, status: int, code: str | None, param: str | N
         ({"prompt": "a", "seed": 0.5}, "invalid_value", "seed"),
         ({"prompt": "a", "n": 0}, "invalid_value", "n"),
         ({"prompt": "a", "n": 17}, "invalid_value", "n"),
-        ({"prompt": ["a"] * 69}, "invalid_value", "n"),
+        ({"prompt": ["a"] * 69}, "invalid_value", "prompt"),
         ({"prompt": "a", "stop": ""}, "invalid_value", "stop"),
         ({"prompt": "a", "stop": [1]}, "invalid_value", "stop"),
         ({"prompt": "a", "stop": ["x"] * 17}, "invalid_value", "stop"),

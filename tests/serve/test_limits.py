@@ -135,6 +135,9 @@ def test_choices_count_one_by_one(serve):
     assert httpx2.post(served.url + COMPLETIONS, json={"prompt": "a", "n": 3}).status_code == 200
     answer = httpx2.post(served.url + COMPLETIONS, json={"prompt": "a", "n": 4})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+    answer = httpx2.post(served.url + COMPLETIONS, json={"prompt": ["a", "b", "c", "d"]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert "fewer in 'prompt'" in answer.json()["error"]["message"]
 
 
 def test_a_request_that_takes_too_long_is_ended(serve, until):
@@ -233,7 +236,7 @@ def test_host_names_without_their_ports():
     assert [host_name(host) for host in ("a:1", "A", "[::1]:8", "[::1]", "")] == ["a", "a", "::1", "::1", ""]
 
 
-@pytest.mark.parametrize("path", ["/", "/chat.js", "/style.css", "/health", "/v1/models", "/nothing", "/metrics"])
+@pytest.mark.parametrize("path", [*sorted(OPEN), "/v1/models", "/nothing", "/metrics"])
 def test_every_answer_has_the_security_headers(shared, path):
     headers = httpx2.get(shared.url + path).headers
     policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))

@@ -45,8 +45,9 @@ def visit(browser):
     """`visit(served)` opens the page; whatever the console complains about fails the test unless `noisy`."""
     contexts = []
 
-    def open_page(served, noisy: bool = False, **options):
+    def open_page(served, noisy: bool = False, script: str = "", **options):
         context = browser.new_context(**{"viewport": {"width": 900, "height": 700}, **options})
+        context.add_init_script(script)
         page = context.new_page()
         page.set_default_timeout(20_000)
         complaints: list[str] = []
@@ -76,6 +77,11 @@ def wait(page, expression: str) -> None:
 def say(page, text: str) -> None:
     page.locator("#input").fill(text)
     page.keyboard.press("Enter")
+
+
+def begun(page) -> None:
+    """Until there is some of the last answer."""
+    wait(page, "document.querySelector('.message.model:last-child .text')?.textContent.length > 8")
 
 
 def finished(page, answers: int = 1) -> None:
@@ -130,7 +136,10 @@ def test_stop_ends_the_answer_and_frees_the_slot(serve, visit, until):
     page.keyboard.press("Escape")
     finished(page)
     until(lambda: served.engine.stats()["running"] == 0)
-    assert "stopped" in page.locator(".numbers").inner_text()
+    # Chunks were counted, which hold a token or more.
+    numbers = page.locator(".numbers").inner_text()
+    assert numbers.startswith("at least ")
+    assert numbers.endswith("stopped")
     # What was said so far is part of the conversation.
     say(page, "go on")
     until(lambda: len(served.engine.chats) == 2)
@@ -154,16 +163,72 @@ def test_a_new_chat_begins_with_nothing(serve, visit, until):
     assert len(served.engine.chats[-1]) == 1
 
 
+def test_the_chat_before_a_new_one_can_be_had_back(serve, visit, until):
+    served = serve(script="word " * 500, step_seconds=0.01)
+    page = visit(served)
+    assert page.locator("#back").is_hidden()
+    say(page, "go")
+    begun(page)
+    page.keyboard.press("Alt+n")
+    until(lambda: served.engine.stats()["running"] == 0)
+    page.keyboard.press("Alt+n")  # nothing is lost with an empty chat
+    page.get_by_text("Back to the last chat").click()
+    assert page.locator("#empty").is_hidden()
+    assert page.locator(".message.user .text").inner_text() == "go"
+    assert page.locator(".numbers").inner_text().endswith("stopped")
+    served.engine.script = "more"
+    say(page, "go on")
+    finished(page, 2)
+    first, answer, second = served.engine.chats[-1]
+    assert (first["content"], second["content"]) == ("go", "go on")
+    assert answer["content"].startswith("word ")
+
+
+def test_letters_that_a_mac_types_with_option_do_nothing_else(serve, visit):
+    mac = "Object.defineProperty(Navigator.prototype, 'platform', { get: () => 'MacIntel' })"
+    page = visit(serve(script="yes"), script=mac)
+    say(page, "hi")
+    finished(page)
+    for letter in "ns":
+        page.keyboard.press(f"Alt+{letter}")
+    assert page.locator(".message").count() == 2
+    assert page.locator("#settings").is_hidden()
+    assert page.locator("#new").get_attribute("title") == "New chat (Control+Option+N)"
+    page.keyboard.press("Control+Alt+s")
+    page.locator("#system").press("Control+Alt+n")
+    page.keyboard.press("Control+Alt+s")
+    assert page.locator(".message").count() == 2
+    page.keyboard.press("Control+Alt+n")
+    assert page.locator(".message").count() == 0
+
+
+@pytest.mark.parametrize("event", ["{ keyCode: 229 }", "{ isComposing: true }"])
+def test_keys_of_an_input_method_neither_send_nor_stop(serve, visit, event):
+    served = serve(script="word " * 500, step_seconds=0.01)
+    page = visit(served)
+    press = f"""key => document.getElementById('input').dispatchEvent(
+        new KeyboardEvent('keydown', {{ key, bubbles: true, cancelable: true, ...{event} }}))"""
+    page.locator("#input").fill("かな")
+    assert page.evaluate(press, "Enter")
+    assert page.locator(".message").count() == 0
+    page.keyboard.press("Enter")
+    begun(page)
+    page.evaluate(press, "Escape")
+    time.sleep(0.1)
+    assert page.locator(".busy").count() == 1
+
+
 def test_trying_again_replaces_the_answer(serve, visit):
     served = serve(script="first")
     page = visit(served)
     say(page, "hi")
     finished(page)
     served.engine.script = "second"
-    page.get_by_text("Try again").click()
+    page.get_by_text("Try again").press("Enter")
     wait(page, "document.querySelector('.message.model .text').textContent === 'second'")
     finished(page)
     assert served.engine.chats[-1] == [{"role": "user", "content": "hi"}]
+    assert page.locator("#input").evaluate("element => element === document.activeElement")
 
 
 def test_text_that_would_be_code_stays_text(serve, visit):
@@ -214,6 +279,142 @@ def test_markdown_becomes_elements(serve, visit):
     assert text.locator("p").last.inner_text() == "end of 2 * 3 * 4 and snake_case_name"
 
 
+FENCES = """```x = f(1)``` sets x
+
+````python
+```
+still code
+```python
+````
+
+``a ` b`` and `c`
+
+~~~
+``` is not the end
+~~~
+end"""
+
+
+def test_a_fence_ends_with_its_like_and_backticks_in_a_line_are_no_fence(serve, visit):
+    page = visit(serve(script=FENCES))
+    say(page, "show")
+    finished(page)
+    text = page.locator(".message.model .text")
+    kinds = ["p", "div", "p", "div", "p"]
+    assert text.evaluate("element => [...element.children].map(child => child.localName)") == kinds
+    assert text.locator("pre").all_text_contents() == ["```\nstill code\n```python", "``` is not the end"]
+    assert text.locator(".bar span").all_inner_texts() == ["python", ""]
+    assert text.locator("p").all_inner_texts() == ["x = f(1) sets x", "a ` b and c", "end"]
+    assert text.locator("p code").all_inner_texts() == ["x = f(1)", "a ` b", "c"]
+
+
+LINES = """An old pond\x20\x20
+A frog jumps in
+Water's sound
+
+Basho said:
+> one
+> two
+>
+> > ```
+> > deep
+> > ```
+- point
+  more
+"""
+
+
+def test_lines_stay_lines_and_quotes_hold_blocks(serve, visit):
+    page = visit(serve(script=LINES + "\n" + "> " * 3000 + "bottom"))
+    say(page, "show")
+    finished(page)
+    text = page.locator(".message.model .text")
+    assert text.locator("> p").all_inner_texts() == ["An old pond\nA frog jumps in\nWater's sound", "Basho said:"]
+    assert text.locator("> blockquote:first-of-type > p").inner_text() == "one\ntwo"
+    assert text.locator("> blockquote:first-of-type > blockquote pre").inner_text() == "deep"
+    assert text.locator("li").inner_text() == "point\nmore"
+    assert text.locator("> blockquote:last-child").inner_text().endswith("> bottom")
+
+
+def test_what_is_in_use_stays_while_the_answer_grows(serve, visit, until):
+    served = serve(script="First words.\n\n```python\nline()\n" + "more()\n" * 40 + "```\nend", step_seconds=0.01)
+    page = visit(served)
+    say(page, "go")
+    wait(page, "document.querySelector('.block code')?.textContent.includes('more()')")
+    page.evaluate(
+        """() => { window.copying = document.querySelector('.block button'); copying.focus();
+        getSelection().selectAllChildren(document.querySelector('.message.model p')); }"""
+    )
+    assert page.locator(".busy").count() == 1
+    finished(page)
+    assert page.evaluate("copying === document.querySelector('.block button') && copying === document.activeElement")
+    assert page.evaluate("getSelection().toString()") == "First words."
+    assert page.locator("pre").inner_text() == "line()\n" + "\n".join(["more()"] * 40)
+    assert page.locator(".message.model p").all_inner_texts() == ["First words.", "end"]
+
+
+def test_a_refused_message_comes_back_and_blocks_nothing(serve, visit):
+    served = serve(script="fine")
+    page = visit(served, noisy=True)
+    long = "z" * 1100
+    say(page, long)
+    finished(page)
+    assert "shorten it" in page.get_by_role("alert").inner_text()
+    assert page.locator("#input").input_value() == long
+    assert page.locator(".message.user").count() == 0
+    say(page, "short")
+    finished(page)
+    assert page.get_by_role("alert").count() == 0
+    say(page, long)
+    finished(page, 2)
+    page.locator("#input").fill("next")
+    page.keyboard.press("Enter")
+    finished(page, 2)
+    assert [turn["content"] for turn in served.engine.chats[-1]] == ["short", "fine", "next"]
+
+
+def test_a_question_without_an_answer_goes_along_with_the_next(serve, visit):
+    served = serve(script="fine")
+    page = visit(served, noisy=True)
+    served.engine.failure = RuntimeError("broken")
+    say(page, "one")
+    finished(page)
+    say(page, "z" * 1100)
+    finished(page, 2)
+    say(page, "two")
+    finished(page, 2)
+    assert served.engine.chats[-1] == [{"role": "user", "content": "one\n\ntwo"}]
+
+
+def test_a_server_that_comes_back_is_talked_to_under_its_new_name(serve, visit):
+    served = serve(script="fine")
+    page = visit(served, noisy=True)
+    page.route("**/*", lambda route: route.abort())
+    say(page, "hi")
+    wait(page, "document.getElementById('model').matches('.off')")
+    page.unroute("**/*")
+    served.app.state.service.name = "another"
+    page.get_by_text("Try again").click()
+    wait(page, "document.querySelector('.message.model .text').textContent === 'fine'")
+    wait(page, "document.querySelector('#model:not(.off)')?.textContent === 'another'")
+
+
+def test_the_settings_close_with_a_click_beside_them_and_no_other(serve, visit):
+    page = visit(serve())
+    page.keyboard.press("Alt+s")
+    box = page.locator("#settings").bounding_box()
+    inside, beside = (box["x"] + 8, box["y"] + 8), (box["x"] - 30, box["y"] + 50)
+    page.mouse.click(*inside)
+    for start, end in ((inside, beside), (beside, inside)):
+        page.mouse.move(*start)
+        page.mouse.down()
+        page.mouse.move(*end)
+        page.mouse.up()
+        assert page.locator("#settings").is_visible()
+    page.mouse.click(*beside)
+    assert page.locator("#settings").is_hidden()
+
+
 def test_errors_are_shown_and_the_question_can_be_asked_again(serve, visit):
     served = serve(script="fine")
     page = visit(served, noisy=True)
@@ -236,7 +437,8 @@ def test_a_key_is_asked_for(serve, visit):
     assert page.locator("#key").is_visible()
     page.keyboard.type("sesame")
     page.keyboard.press("Enter")
-    page.get_by_text("Try again").click()
+    assert page.locator("#input").input_value() == "hi"
+    page.keyboard.press("Enter")
     wait(page, "document.querySelector('.message.model .text').textContent === 'open'")
     assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
 

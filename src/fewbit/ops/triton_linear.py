@@ -54,8 +54,8 @@ def packed_kernel(
     CODE: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """`[BM, BN]` of quantized inputs times a packed matrix: the GEMV where tokens are few and K is split, else the
-    GEMM. Split s sums `per_split` groups in order into row block s of `out`, float32 `[SPLIT, T, N]`."""
+    """`[BM, BN]` of quantized inputs times a packed matrix: the GEMV where tokens are few, else the GEMM. Where K is
+    split, split s sums `per_split` groups in order into row block s of `out`, float32 `[SPLIT, T, N]`."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     groups = K // G
@@ -121,8 +121,8 @@ def plain_kernel(
 
 @triton.jit
 def turned_back(levels, BLOCK: tl.constexpr):
-    """The transform, not normalized, of levels `[BN, BLOCK]` within +-127, float32: exact, as sums of 16 such levels
-    have 11 bits, which is what a half holds."""
+    """The transform, not normalized, of levels `[BN, BLOCK]`, float32. Of levels within +-127 it is exact, as sums of
+    16 have 11 bits, which is what a half holds; those of iq3_s reach 465, and their sums are rounded."""
     ROWS: tl.constexpr = levels.shape[0]
     SQUARES: tl.constexpr = ROWS * BLOCK // 256
     w = tl.dot(tl.reshape(levels.to(tl.float16), (SQUARES * 16, 16)), signs_16(16).to(tl.float16))

@@ -46,10 +46,14 @@ def _size_axis(sizes: Sequence[float], unit: str) -> Axis:
     return Axis(f"size, {unit}", max(0.0, low - margin), high + margin)
 
 
-def _score_axis(values: Sequence[float], title: str) -> Axis:
-    low, high = min(values), max(values)
-    if high > 3 * low:
+def _score_axis(scores: Sequence[tuple[float, float]], title: str) -> Axis:
+    """An axis with room for every value and its spread up and down; a logarithmic one for a tenth of the value."""
+    values = [value for value, _ in scores]
+    high = max(value + spread for value, spread in scores)
+    if max(values) > 3 * min(values):
+        low = min(max(value - spread, value / 10) for value, spread in scores)
         return Axis(f"{title}, log scale", low * 0.75, high * 1.35, log=True)
+    low = max(0.0, min(value - spread for value, spread in scores))
     margin = 0.18 * (high - low) if high > 1.02 * low else 0.1 * high
     return Axis(title, max(0.0, low - margin), high + margin)
 
@@ -68,17 +72,18 @@ def trade_svg(
     unit, name = _unit([row["bytes"] for row in points])
     sizes = [row["bytes"] / unit for row in points]
     values = [max(TINY, row[score]) for row in points]
-    level = [reference[score]] if reference is not None else []
+    spreads = [(score == "perplexity" and row["perplexity_stderr"]) or 0.0 for row in points]
+    level = [(reference[score], 0.0)] if reference is not None else []
+    axis = _score_axis([*zip(values, spreads, strict=True), *level], title)
     words = f"Size against {title}, one point per model; the table below has the figures"
-    plot = Plot(_size_axis(sizes, name), _score_axis([*values, *level], title), words, frame)
+    plot = Plot(_size_axis(sizes, name), axis, words, frame)
     places = [plot.at(size, value) for size, value in zip(sizes, values, strict=True)]
     steps = _stairs([place for place, row in zip(places, points, strict=True) if row["name"] in front], frame)
     plot.path(steps, "front")
     bars = []
-    for row, size, value in zip(points, sizes, values, strict=True):
-        spread = row["perplexity_stderr"] if score == "perplexity" else None
+    for row, size, value, spread in zip(points, sizes, values, spreads, strict=True):
         plot.dot(size, value, style_of(row), spread)
-        bars.append((plot.at(size, value + (spread or 0)), plot.at(size, max(plot.y.low, value - (spread or 0)))))
+        bars.append((plot.at(size, value + spread), plot.at(size, value - spread)))
     obstacles = []
     if reference is not None:
         obstacles.append(_level(plot, reference[score], f"reference: {reference[score]:.4g}", bars))

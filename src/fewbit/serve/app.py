@@ -29,6 +29,7 @@ PAGE = {
     "/": ("index.html", "text/html"),
     "/style.css": ("style.css", "text/css"),
     "/chat.js": ("chat.js", "text/javascript"),
+    "/markdown.js": ("markdown.js", "text/javascript"),
 }
 
 
@@ -118,7 +119,7 @@ class Service:
             raise ApiError(400, f"this server gives up to {limit} choices", code="invalid_value", param="n")
         generation = Generation(self.engine, self.admission, self.metrics, self.settings.request_timeout)
         # Before the prompt is read, which is work too.
-        generation.enter(prompts * body.choices)
+        generation.enter(prompts * body.choices, "prompt" if prompts > 1 else "n")
         try:
             tokens = await asyncio.to_thread(tokenize)
             room = self.room(tokens, body.token_limit())

@@ -20,7 +20,7 @@ from fewbit.serve.settings import Settings
 log = logging.getLogger("fewbit.serve")
 
 # What needs no key: the page (whose requests bring it), and the question whether the server lives.
-OPEN = frozenset({"/", "/chat.js", "/style.css", "/health"})
+OPEN = frozenset({"/", "/chat.js", "/markdown.js", "/style.css", "/health"})
 
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -65,16 +65,17 @@ class Admission:
     def count(self) -> int:
         return sum(count for count, _ in self._inside.values())
 
-    def enter(self, who: Abortable, count: int) -> None:
-        """Let in `count` sequences until `leave`, or raise 400, 429 or 503."""
+    def enter(self, who: Abortable, count: int, field: str = "n") -> None:
+        """Let in `count` sequences until `leave`, or raise 400 (which blames the request's `field`), 429 or 503."""
         if self.draining:
             raise shutting_down()
         if count > self.capacity:
             raise ApiError(
                 400,
-                f"{count} answers in one request are more than this server ever holds ({self.capacity}); ask for fewer",
+                f"{count} answers in one request are more than this server ever holds ({self.capacity}, its slots and "
+                f"its queue); ask for fewer in '{field}', or serve with --queue",
                 code="invalid_value",
-                param="n",
+                param=field,
             )
         if self.count + count > self.capacity:
             rounds = (self.count + count - self.capacity) / self.slots

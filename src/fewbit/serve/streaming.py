@@ -59,9 +59,9 @@ class Generation:
         firsts = self._requests[:: self._choices]
         return sum(request.prompt_tokens for request in firsts), sum(request.cached_tokens for request in firsts)
 
-    def enter(self, sequences: int) -> None:
-        """Take places in the queue; raises `ApiError` if there are not so many."""
-        self._admission.enter(self, sequences)
+    def enter(self, sequences: int, field: str) -> None:
+        """Take the places in the queue that the request's `field` asks for; raises `ApiError` if there are too few."""
+        self._admission.enter(self, sequences, field)
 
     def start(self, prompts: Sequence[list[int]], choices: Sequence[SamplingParams]) -> None:
         """Submit every prompt with every choice's parameters.

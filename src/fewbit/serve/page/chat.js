@@ -1,6 +1,6 @@
 // The chat page: keeps one conversation, streams the answers from /v1/chat/completions.
-//
-// Nothing a model writes is ever parsed as HTML: elements are made one by one, and text goes in as text.
+
+import { button, copy, make, show } from "./markdown.js";
 
 const find = (id) => document.getElementById(id);
 const [scroll, empty, messages, composer, input, send] =
@@ -8,133 +8,11 @@ const [scroll, empty, messages, composer, input, send] =
 const [settings, system, temperature, maxTokens, key] =
   ["settings", "system", "temperature", "max-tokens", "key"].map(find);
 
-let model = "";
-let turns = []; // {role, content} of the conversation, without the system prompt
+// The conversation without the system prompt: {role: "user", parts} and {role: "assistant", content}.
+// A question has several parts where earlier ones found no answer, as chats alternate.
+let turns = [];
+let left = null; // {turns, shown} of the chat before this one, until the next is left
 let running = null; // the AbortController of the answer that is coming
-
-function make(tag, className = "", text = "") {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text) element.textContent = text;
-  return element;
-}
-
-function button(text, action) {
-  const element = make("button", "plain", text);
-  element.type = "button";
-  element.addEventListener("click", () => action(element));
-  return element;
-}
-
-async function copy(text, element) {
-  try {
-    await navigator.clipboard.writeText(text);
-    element.textContent = "Copied";
-  } catch {
-    element.textContent = "Not allowed"; // pages without https have no clipboard
-  }
-  setTimeout(() => { element.textContent = "Copy"; }, 1500);
-}
-
-// ---- Markdown: the little that small models write ----
-
-const INLINE = /`([^`\n]+)`|\*\*([^\n]+?)\*\*|\*([^\s*][^*\n]*?)\*|\[([^\]\n]+)\]\(([^\s()]+)\)/g;
-
-function inline(text, parent) {
-  let end = 0;
-  for (const match of text.matchAll(INLINE)) {
-    const [all, code, bold, italic, label, target] = match;
-    const element = code !== undefined ? make("code", "", code)
-      : bold !== undefined ? inline(bold, make("strong"))
-      : italic !== undefined ? inline(italic, make("em"))
-      : link(label, target);
-    if (!element) continue; // stays as it is written
-    parent.append(text.slice(end, match.index), element);
-    end = match.index + all.length;
-  }
-  parent.append(text.slice(end));
-  return parent;
-}
-
-function link(label, target) {
-  let url;
-  try {
-    url = new URL(target);
-  } catch {
-    return null;
-  }
-  if (!["http:", "https:", "mailto:"].includes(url.protocol)) return null;
-  const element = make("a", "", label);
-  element.href = url.href;
-  element.target = "_blank";
-  element.rel = "noopener noreferrer";
-  return element;
-}
-
-function codeBlock(language, lines) {
-  const block = make("div", "block");
-  const bar = make("div", "bar");
-  const text = lines.join("\n");
-  bar.append(make("span", "", language), button("Copy", (element) => copy(text, element)));
-  const pre = make("pre");
-  pre.append(make("code", "", text));
-  block.append(bar, pre);
-  return block;
-}
-
-const FENCE = /^\s*(`{3,}|~{3,})\s*([\w+#.-]*)/;
-const ITEM = /^\s*(?:[-*+]|(\d{1,9})[.)])\s+(.*)/;
-const HEADING = /^(#{1,6})\s+(.*)/;
-const RULE = /^\s*([-*_])(?:\s*\1){2,}\s*$/;
-
-function markdown(text) {
-  const blocks = [];
-  const lines = text.split("\n");
-  let paragraph = null;
-  let list = null;
-  for (let at = 0; at < lines.length; at++) {
-    const line = lines[at];
-    const fence = FENCE.exec(line);
-    if (fence) {
-      const inside = [];
-      while (++at < lines.length && !lines[at].trim().startsWith(fence[1])) inside.push(lines[at]);
-      blocks.push(codeBlock(fence[2], inside));
-      paragraph = list = null;
-      continue;
-    }
-    const heading = HEADING.exec(line);
-    const item = RULE.test(line) ? null : ITEM.exec(line);
-    if (!line.trim()) {
-      paragraph = null;
-    } else if (RULE.test(line)) {
-      blocks.push(make("hr"));
-      paragraph = list = null;
-    } else if (heading) {
-      blocks.push(inline(heading[2], make(`h${Math.min(heading[1].length + 1, 5)}`)));
-      paragraph = list = null;
-    } else if (item) {
-      const tag = item[1] === undefined ? "ul" : "ol";
-      if (list?.localName !== tag) {
-        list = make(tag);
-        if (tag === "ol") list.start = Number(item[1]);
-        blocks.push(list);
-      }
-      list.append(inline(item[2], make("li")));
-      paragraph = list.lastChild;
-    } else if (paragraph) {
-      inline(`\n${line}`, paragraph);
-    } else if (line.startsWith(">")) {
-      paragraph = inline(line.replace(/^>\s?/, ""), make("blockquote"));
-      blocks.push(paragraph);
-      list = null;
-    } else {
-      paragraph = inline(line, make("p"));
-      blocks.push(paragraph);
-      list = null;
-    }
-  }
-  return blocks;
-}
 
 // ---- The conversation on the page ----
 
@@ -161,10 +39,22 @@ function addUser(content) {
   toEnd();
 }
 
-function numbers(tokens, first, last, start) {
+function addReply() {
+  const reply = { ...addMessage("model"), foot: make("div", "foot"), numbers: make("span", "numbers") };
+  reply.message.classList.add("busy");
+  messages.setAttribute("aria-busy", "true");
+  reply.foot.append(reply.numbers);
+  reply.message.append(reply.foot);
+  toEnd();
+  return reply;
+}
+
+function numbers({ tokens, exact, first, last, start }) {
+  if (!tokens) return "";
+  const count = `${exact ? "" : "at least "}${tokens} token${tokens === 1 ? "" : "s"}`;
   const rate = tokens > 1 && last > first ? `${(1000 * (tokens - 1) / (last - first)).toFixed(1)} tokens/s` : "";
   const wait = first ? `${((first - start) / 1000).toFixed(2)} s to the first` : "";
-  return [`${tokens} token${tokens === 1 ? "" : "s"}`, rate, wait].filter(Boolean).join(" \u00b7 ");
+  return [[count, rate].filter(Boolean).join(exact ? " \u00b7 " : ", "), wait].filter(Boolean).join(" \u00b7 ");
 }
 
 // ---- Talking to the server ----
@@ -202,10 +92,10 @@ async function* events(response) {
   }
 }
 
-async function request(signal) {
+async function request(talk, signal) {
+  const said = talk.map(({ role, content, parts }) => ({ role, content: content ?? parts.join("\n\n") }));
   const body = {
-    model,
-    messages: [...(system.value.trim() ? [{ role: "system", content: system.value }] : []), ...turns],
+    messages: [...(system.value.trim() ? [{ role: "system", content: system.value }] : []), ...said],
     temperature: Number(temperature.value),
     stream: true,
     stream_options: { include_usage: true },
@@ -216,77 +106,90 @@ async function request(signal) {
   });
   if (response.ok) return response;
   if (response.status === 401) askForKey();
-  throw new Error(await refusal(response));
+  throw Object.assign(new Error(await refusal(response)), { refused: response.status < 500 });
+}
+
+// Adds an event to what has come so far; whether there is more text.
+function take(event, got) {
+  if (event.usage) Object.assign(got, { tokens: event.usage.completion_tokens, exact: true });
+  const choice = event.choices[0];
+  got.reason = choice?.finish_reason ?? got.reason;
+  if (!choice?.delta.content) return false;
+  got.last = performance.now();
+  got.first ||= got.last;
+  got.tokens += 1; // until the end tells, which it does not if stopped: a chunk has a token or more
+  got.content += choice.delta.content;
+  return true;
 }
 
 async function answer() {
   const control = new AbortController();
-  running = control;
-  update();
-  const { message, text } = addMessage("model");
-  message.classList.add("busy");
-  messages.setAttribute("aria-busy", "true");
-  const foot = make("div", "foot");
-  const shown = make("span", "numbers");
-  foot.append(shown);
-  message.append(foot);
-  toEnd();
-
-  let content = "";
-  let tokens = 0;
-  let reason = "";
-  let problem = "";
-  let first = 0;
-  let last = 0;
+  const talk = turns; // a new chat may begin meanwhile
+  const reply = addReply();
+  const got = { content: "", tokens: 0, exact: false, reason: "", first: 0, last: 0, start: performance.now() };
+  let blocks = [];
   let drawing = 0;
-  const start = performance.now();
   const draw = () => {
     drawing = 0;
     const follow = nearEnd();
-    text.replaceChildren(...markdown(content));
-    shown.textContent = tokens ? numbers(tokens, first, last, start) : "";
+    blocks = show(got.content, reply.text, blocks);
+    reply.numbers.textContent = numbers(got);
     if (follow) toEnd();
   };
+  let problem = null;
+  running = control;
+  update();
   try {
-    const response = await request(control.signal);
-    for await (const event of events(response)) {
-      if (event.usage) tokens = event.usage.completion_tokens;
-      const choice = event.choices[0];
-      if (!choice) continue;
-      reason = choice.finish_reason ?? reason;
-      if (!choice.delta.content) continue;
-      last = performance.now();
-      first ||= last;
-      tokens += 1;
-      content += choice.delta.content;
-      drawing ||= requestAnimationFrame(draw);
+    for await (const event of events(await request(talk, control.signal))) {
+      if (take(event, got)) drawing ||= requestAnimationFrame(draw);
     }
   } catch (error) {
-    if (error.name !== "AbortError") problem = error.message;
+    if (!control.signal.aborted) problem = error;
   }
   cancelAnimationFrame(drawing);
-  if (running !== control) return; // a new chat has begun
-  running = null;
-  message.classList.remove("busy");
-  messages.setAttribute("aria-busy", "false");
-  const follow = nearEnd();
   draw();
-  if (control.signal.aborted) shown.textContent += `${tokens ? " \u00b7 " : ""}stopped`;
+  const follow = reply.message.isConnected && nearEnd();
+  if (running === control) {
+    running = null;
+    messages.setAttribute("aria-busy", "false");
+  }
+  finish(reply, got, talk, problem, control.signal.aborted);
+  if (problem || find("model").classList.contains("off")) connect();
+  update();
+  if (follow) toEnd();
+}
+
+function finish({ message, numbers: shown, foot }, { content, reason }, talk, problem, stopped) {
+  message.classList.remove("busy");
+  if (stopped) shown.textContent += `${shown.textContent ? " \u00b7 " : ""}stopped`;
   if (reason === "length") shown.textContent += " \u00b7 the limit of tokens was reached";
-  const again = button("Try again", () => retry(message, content));
-  again.classList.add("again");
-  foot.prepend(again);
+  if (problem?.refused) {
+    takeBack(message, talk);
+  } else {
+    const again = button("Try again", () => retry(message, content));
+    again.classList.add("again");
+    foot.prepend(again);
+  }
   if (content) {
-    turns.push({ role: "assistant", content });
+    talk.push({ role: "assistant", content });
     foot.prepend(button("Copy", (element) => copy(content, element)));
   }
   if (problem) {
-    const error = make("div", "error", `${problem[0].toUpperCase()}${problem.slice(1)}.`);
+    const words = problem.message;
+    const error = make("div", "error", `${words[0].toUpperCase()}${words.slice(1)}.`);
     error.setAttribute("role", "alert");
     message.insertBefore(error, foot);
   }
-  update();
-  if (follow) toEnd();
+}
+
+// What the server refuses is no part of the conversation, or it would refuse all that follows as well.
+function takeBack(message, talk) {
+  message.classList.add("refused");
+  message.previousElementSibling.remove();
+  const { parts } = talk.at(-1);
+  const content = parts.pop();
+  if (!parts.length) talk.pop();
+  input.value = [content, input.value].filter(Boolean).join("\n\n");
 }
 
 function retry(message, content) {
@@ -294,14 +197,14 @@ function retry(message, content) {
   if (content) turns.pop();
   message.remove();
   answer();
+  input.focus(); // the button that had the focus is gone
 }
 
 function ask(content) {
   if (running || !content.trim()) return;
-  for (const old of messages.querySelectorAll(".again")) old.remove();
-  // After a failure there is a question without an answer; chats alternate.
-  if (turns.at(-1)?.role === "user") turns.at(-1).content += `\n\n${content}`;
-  else turns.push({ role: "user", content });
+  for (const old of messages.querySelectorAll(".again, .refused")) old.remove();
+  if (turns.at(-1)?.role === "user") turns.at(-1).parts.push(content);
+  else turns.push({ role: "user", parts: [content] });
   addUser(content);
   answer();
 }
@@ -309,12 +212,25 @@ function ask(content) {
 function newChat() {
   running?.abort();
   running = null;
-  turns = [];
-  messages.replaceChildren();
+  if (turns.length) left = { turns, shown: [...messages.children] };
+  begin([], []);
+}
+
+function begin(talk, shown) {
+  turns = talk;
+  messages.replaceChildren(...shown);
   messages.setAttribute("aria-busy", "false");
-  empty.hidden = false;
+  empty.hidden = shown.length > 0;
+  find("back").hidden = !left;
   update();
+  toEnd();
   input.focus();
+}
+
+function goBack() {
+  const { turns: talk, shown } = left;
+  left = null;
+  begin(talk, shown);
 }
 
 // ---- Controls ----
@@ -360,11 +276,9 @@ async function connect() {
   const name = find("model");
   try {
     const health = await (await fetch("health")).json();
-    model = health.model;
-    name.textContent = model;
-    name.title = model;
+    name.textContent = name.title = health.model;
     name.classList.toggle("off", health.status !== "ok");
-    document.title = `${model} \u00b7 fewbit`;
+    document.title = `${health.model} \u00b7 fewbit`;
     if (health.key_required) {
       find("key-row").hidden = false;
       if (!key.value) askForKey();
@@ -389,16 +303,30 @@ composer.addEventListener("submit", (event) => {
 });
 
 input.addEventListener("input", update);
+
+// The key belongs to an input method. Safari ends the composition before it sends the Enter that did so: that is 229.
+const composing = (event) => event.isComposing || event.keyCode === 229;
+
 input.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || composing(event)) return;
   event.preventDefault();
   if (!running) composer.requestSubmit();
 });
 
+// On a Mac Option and a letter type a character, elsewhere Control, Alt and a letter do.
+const MAC = /^(Mac|iP)/.test(navigator.platform);
+if (MAC) {
+  for (const element of [find("new"), find("open-settings")]) {
+    element.title = element.title.replace("Alt+", "Control+Option+");
+    element.setAttribute("aria-keyshortcuts", `Control+${element.getAttribute("aria-keyshortcuts")}`);
+  }
+}
+
 document.addEventListener("keydown", (event) => {
+  if (composing(event)) return;
   if (event.key === "Escape" && running && !settings.open) running.abort();
-  if (!event.altKey || event.ctrlKey || event.metaKey) return;
-  if (event.code === "KeyN") newChat();
+  if (!event.altKey || event.ctrlKey !== MAC || event.metaKey) return;
+  if (event.code === "KeyN" && !settings.open) newChat();
   else if (event.code === "KeyS") settings.open ? settings.close() : settings.showModal();
   else return;
   event.preventDefault();
@@ -407,10 +335,20 @@ document.addEventListener("keydown", (event) => {
 for (const idea of document.querySelectorAll(".idea")) idea.addEventListener("click", () => ask(idea.textContent));
 for (const field of [system, temperature, maxTokens, key]) field.addEventListener("input", remember);
 find("new").addEventListener("click", newChat);
+find("back").addEventListener("click", goBack);
 find("open-settings").addEventListener("click", () => settings.showModal());
 settings.addEventListener("close", () => input.focus());
+
+function beside(event) {
+  const { left: x, right, top: y, bottom } = settings.getBoundingClientRect();
+  return event.clientX < x || event.clientX > right || event.clientY < y || event.clientY > bottom;
+}
+
+// A click beside the dialog closes it; dragging a selection out of it ends there, too, but does not begin there.
+let pressedBeside = false;
+settings.addEventListener("pointerdown", (event) => { pressedBeside = beside(event); });
 settings.addEventListener("click", (event) => {
-  if (event.target === settings) settings.close(); // beside the dialog
+  if (event.target === settings && pressedBeside && beside(event)) settings.close();
 });
 
 recall();
