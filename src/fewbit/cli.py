@@ -301,7 +301,7 @@ def eval_(
     if reference:
         values = result.to_json()
         rows += [
-            ["over the reference's", _plus_minus(values["perplexity_ratio"], values["perplexity_ratio_stderr"], 4)],
+            ["perplexity ratio", _plus_minus(values["perplexity_ratio"], values["perplexity_ratio_stderr"], 4)],
             ["KL divergence, mean (nats)", _plus_minus(values["kl_mean"], values["kl_stderr"], 4)],
             ["KL divergence, 99 %", f"{values['kl_p99']:.4f}"],
             ["same top token", f"{100 * values['top1_agreement']:.2f} %"],
