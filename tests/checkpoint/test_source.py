@@ -276,3 +276,39 @@ def test_loading_a_model_with_a_missing_tensor_is_an_error(llama):
     save_file(weights, llama / SINGLE)
     with pytest.raises(CorruptFile, match="up_proj"):
         load_plain(open_source(llama))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_a_model_saved_without_its_head_has_the_names_of_the_whole_model(make_tiny, tmp_path, kind):
+    model = make_tiny(kind, tied=True)
+    model.model.save_pretrained(tmp_path)
+    assert "embed_tokens.weight" in load_file(tmp_path / SINGLE)
+    source = open_source(tmp_path)
+    assert_same_as_transformers(source, pretrained_model_name_or_path=tmp_path)
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_plain(source, torch.float32)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_model_saved_without_its_head_are_found(make_mixture, tmp_path, kind):
+    model = make_mixture(kind)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    model.model.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_plain(open_source(tmp_path), torch.float32)(ids).logits, model(ids).logits)
+
+
+def test_a_model_that_lost_a_head_of_its_own_generates_no_text(make_tiny, tmp_path):
+    make_tiny("llama").model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"has no output head \(lm_head\.weight\).* give the whole language model"):
+        load_plain(open_source(tmp_path))
+
+
+def test_a_model_that_is_no_causal_one_is_named(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="'t5' is no causal language model"):
+        load_plain(open_source(tmp_path))

@@ -21,7 +21,7 @@ from fewbit.checkpoint.damage import check_config, damage_named, indexed_files, 
 from fewbit.checkpoint.tensors import SafetensorsFile, first_line
 from fewbit.dtypes import FLOATS
 from fewbit.errors import CorruptFile, FewbitError, UsageError
-from fewbit.models import Experts, find_family
+from fewbit.models import Experts, Family, find_family
 from fewbit.torch_later import torch
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ class SafetensorsSource(Source):
             for name, (_, shape, _) in held.tensors.items():
                 if self._is_weight(name):
                     self._where |= _entries(file, name, shape, experts)
+        self._where = _whole_names(self._where, family)
         check_config(self.config, self.weights(), self._where, directory / "config.json")
         for stored in self._where.values():
             dtype = self._files[stored.file].tensors[stored.name][0]
@@ -254,6 +255,15 @@ def _entries(file: str, name: str, shape: tuple[int, ...], experts: Experts | No
         for expert in range(count)
         for number, part in enumerate(parts)
     }
+
+
+def _whole_names(found: dict[str, _Stored], family: Family | None) -> dict[str, _Stored]:
+    """The names of the whole language model, where a file has those of the model inside it, without `model.`: so
+    embedding models are released, and so `AutoModel` saves."""
+    prefix = "" if family is None else family.embed.partition(".")[0] + "."
+    if family is None or f"{family.embed.removeprefix(prefix)}.weight" not in found:
+        return found
+    return {name if name.startswith((prefix, f"{family.head}.")) else prefix + name: at for name, at in found.items()}
 
 
 def fingerprint_files(files: list[Path]) -> str:
