@@ -173,6 +173,54 @@ def test_a_hub_that_cannot_be_reached_gives_one_line_with_a_remedy(monkeypatch):
     assert "local directory" in str(caught.value)
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The function `hub(repository)`: it has a hub hold this directory and returns the list of files fetched of it."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    def hold(repository):
+        fetched, snapshot = [], tmp_path / "snapshots" / "commit"
+
+        def snapshot_download(name, allow_patterns, revision=None):
+            assert revision in (None, "commit")
+            files = [path.relative_to(repository) for path in sorted(repository.rglob("*")) if path.is_file()]
+            for file in filter_repo_objects(map(str, files), allow_patterns=allow_patterns):
+                (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(repository / file, snapshot / file)
+                fetched.append(file)
+            return str(snapshot)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return fetched
+
+    return hold
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, request, name):
+    repository = request.getfixturevalue(name)
+    weights = sorted(path.name for path in repository.glob("*.safetensors"))
+    (repository / "original").mkdir()
+    for other in ("consolidated.safetensors", "original/model-00001-of-00001.safetensors"):
+        shutil.copyfile(repository / weights[0], repository / other)
+    fetched = hub(repository)
+    source = open_source("someone/some-model")
+    assert sorted(file for file in fetched if file.endswith(".safetensors")) == weights
+    assert source.names() == open_source(repository).names()
+
+
+def test_an_index_of_the_hub_that_is_none_is_named(hub, qwen2):
+    (qwen2 / INDEX).write_text("{}")
+    hub(qwen2)
+    with pytest.raises(CorruptFile, match="not an index of shards"):
+        open_source("someone/some-model")
+
+
+def test_a_single_file_goes_before_an_index_that_was_left(llama, qwen2):
+    shutil.copyfile(qwen2 / INDEX, llama / INDEX)
+    assert_same_as_transformers(open_source(llama), pretrained_model_name_or_path=llama)
+
+
 def test_a_missing_tokenizer_is_a_usage_error(tiny_llama_dir):
     with pytest.raises(UsageError, match="tokenizer"):
         open_source(tiny_llama_dir).tokenizer()
