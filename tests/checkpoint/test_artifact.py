@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbit.checkpoint.artifact import Artifact
+from fewbit.checkpoint.source import open_source
 from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.formats import get_format
-from fewbit.loading import load
+from fewbit.loading import load, load_any
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
 
@@ -121,9 +122,62 @@ def test_an_entry_that_no_format_prescribes_is_refused(copy, change):
 
 def test_shard_paths_may_not_leave_the_directory(copy):
     index = {"weight_map": {"lm_head.codes": "../elsewhere.safetensors"}}
+    (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CorruptFile, match="not a plain"):
         _ = Artifact.open(copy).files
+
+
+def test_a_single_file_goes_before_an_index_that_was_left(copy):
+    before = Artifact.open(copy).files
+    index = {"weight_map": {"lm_head.codes": "model-00001-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Artifact.open(copy).files == before
+
+
+def test_a_checkpoint_without_its_record_or_with_a_damaged_configuration_is_named_as_one(copy):
+    (copy / "fewbit.json").rename(copy / "kept")
+    for read in (Artifact.open, load_any):
+        with pytest.raises(CorruptFile, match=r"lacks fewbit\.json; copy the checkpoint again"):
+            read(copy)
+    (copy / "kept").rename(copy / "fewbit.json")
+    (copy / "config.json").write_text("{")
+    for read in (Artifact.open, load_any):
+        with pytest.raises(CorruptFile, match=r"config\.json is not JSON"):
+            read(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(CorruptFile, match=r"config\.json is missing"):
+        Artifact.open(copy)
+
+
+@pytest.fixture(scope="module")
+def scaled(tiny_models, calibration_text, tmp_path_factory):
+    """A checkpoint whose weights are on other axes than the source's."""
+    out = tmp_path_factory.mktemp("checkpoints") / "scaled"
+    options = QuantizeOptions(format="twinquant", calib_tokens=512, calib_window=64, tune=False, learn=False)
+    quantize(tiny_models["tied"], out, options, [calibration_text])
+    return out
+
+
+def test_a_copy_without_its_transform_says_that_it_cannot_be_compared(scaled, tiny_models, tmp_path):
+    source = open_source(tiny_models["tied"])
+    assert not any(problem for _, problem in Artifact.open(scaled).verify(source))
+    copy = shutil.copytree(scaled, tmp_path / "copy")
+    (copy / "transform.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"has no transform\.safetensors, .* copy that file from the checkpoint"):
+        list(Artifact.open(copy).verify(source))
+    assert not any(problem for _, problem in Artifact.open(copy).verify())
+
+
+def test_a_damaged_transform_is_to_be_copied_again(scaled, tiny_models, tmp_path):
+    source = open_source(tiny_models["tied"])
+    path = shutil.copytree(scaled, tmp_path / "copy") / "transform.safetensors"
+    save_file({"turns.model.layers.0": torch.ones(3)}, path)
+    with pytest.raises(CorruptFile, match=r"holds 'turns\..*', which is no part .*; copy the checkpoint again"):
+        list(Artifact.open(path.parent).verify(source))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(CorruptFile, match=r"transform\.safetensors is damaged .*; copy the checkpoint again"):
+        list(Artifact.open(path.parent).verify(source))
 
 
 def test_a_header_larger_than_any_honest_one_is_refused(copy):

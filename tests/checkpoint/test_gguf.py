@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import struct
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from fewbit.checkpoint.artifact import Artifact
 from fewbit.checkpoint.gguf_source import readable_types
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
 from fewbit.errors import CorruptFile, FewbitError, UsageError
+from fewbit.pipeline.options import QuantizeOptions
+from fewbit.pipeline.run import quantize
 from gguf_files import logits, write_gguf
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -276,6 +282,72 @@ def test_a_file_without_a_tokenizer_is_read_and_says_so_when_one_is_wanted(make,
         source.tokenizer()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_tokenizer_beside_the_file_is_not_taken_for_its_own(make, add_tokenizer, tmp_path, kind):
+    source = open_source(write_gguf(tmp_path / "model.gguf", make(kind)))
+    before = source.tokenizer()
+    add_tokenizer(tmp_path)
+    after = source.tokenizer()
+    assert after.get_vocab() == before.get_vocab()
+    assert after.chat_template
+    assert after.chat_template == before.chat_template
+    assert after.eos_token == "<|end|>"
+
+
+class Panic(BaseException):
+    """What a library in Rust raises where it gives up."""
+
+
+@pytest.mark.parametrize("error", [Exception("no such merge"), Panic("no such merge")])
+def test_whatever_a_library_makes_of_a_vocabulary_is_named(make, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    source = open_source(write_gguf(tmp_path / "model.gguf", make("qwen2")))
+    monkeypatch.setattr("fewbit.checkpoint.gguf_source.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(UsageError, match=r"no usable tokenizer \(no such merge\)"):
+        source.tokenizer()
+
+
+def test_a_file_without_a_tokenizer_is_rounded_to_nearest(make, tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", make("qwen2"), tokenizer=False)
+    quantize(file, tmp_path / "out", QuantizeOptions(rounding="nearest"))
+    assert not any(problem for _, problem in Artifact.open(tmp_path / "out").verify(open_source(file)))
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def ends_of_turns(writer: gguf.GGUFWriter) -> None:
+    writer.add_eot_token_id(90)
+    writer.add_eom_token_id(91)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2", "gemma3_text"])
+def test_ends_of_turns_and_of_messages_end_an_answer(make, tmp_path, kind):
+    from fewbit.runtime.decoder import ending_tokens
+
+    source = open_source(write_gguf(tmp_path / "model.gguf", make(kind), fields=ends_of_turns))
+    assert source.config.eos_token_id == [95, 90, 91]
+    source.copy_tokenizer(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [95, 90, 91]
+    assert ending_tokens(tmp_path / "out", source.config) == (95, 90, 91)
+
+
+def test_an_end_that_is_there_already_or_outside_the_vocabulary_is_not_added(make, tmp_path):
+    def odd_ends(writer: gguf.GGUFWriter) -> None:
+        writer.add_eot_token_id(95)
+        writer.add_eom_token_id(96)
+
+    assert open_source(write_gguf(tmp_path / "model.gguf", make("qwen2"), fields=odd_ends)).config.eos_token_id == 95
+
+
+def test_a_file_that_is_called_mistral_gets_no_window(make, tmp_path):
+    model = make("llama")
+    path = write_gguf(tmp_path / "model.gguf", model, fields=lambda writer: writer.add_name("mistral"))
+    assert getattr(open_source(path).config, "sliding_window", None) is None
+    torch.testing.assert_close(logits(imported(path)), logits(model))
+
+
 def test_a_file_cut_off_anywhere_is_named(make, tmp_path):
     data = write_gguf(tmp_path / "model.gguf", make("llama"), "Q8_0").read_bytes()
     cut = tmp_path / "cut.gguf"
@@ -324,6 +396,40 @@ def integers(tensors: dict[str, np.ndarray]) -> None:
 def test_tensors_that_do_not_make_the_model_are_named(make, tmp_path, kind, change, error, words):
     with pytest.raises(error, match=words):
         open_source(write_gguf(tmp_path / "model.gguf", make(kind), change=change))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        (31, UsageError, r"blk\.1\.ffn_up\.weight' has type number 31, which cannot be read: known are F32"),
+        (36, UsageError, "has type number 36, .* give a file of another type"),
+        (0x40000000, CorruptFile, "unknown type 1073741824 of blocks; the file is cut off or damaged"),
+    ],
+)
+def test_blocks_that_the_package_does_not_know_are_no_damage(make, tmp_path, kind, error, words):
+    path = write_gguf(tmp_path / "model.gguf", make("llama"))
+    data, name = bytearray(path.read_bytes()), b"blk.1.ffn_up.weight"
+    place = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions, and two of them
+    data[place : place + 4] = struct.pack("<I", kind)
+    path.write_bytes(data)
+    with pytest.raises(error, match=words):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "words"),
+    [
+        (struct.pack("<I", 1), UsageError, "GGUF version 1, allowed are 2 and 3; take a file of such a version"),
+        (struct.pack("<I", 4), UsageError, "GGUF version 4"),
+        (struct.pack(">I", 3), UsageError, "big-endian order, which is not read; .* convert"),
+        (b"\xff\x12\x34\x56", CorruptFile, "download it again"),
+    ],
+)
+def test_versions_and_byte_orders_that_are_not_read_are_no_damage(make, tmp_path, version, error, words):
+    path = write_gguf(tmp_path / "model.gguf", make("llama"))
+    path.write_bytes(b"GGUF" + version + path.read_bytes()[8:])
+    with pytest.raises(error, match=words):
+        open_source(path)
 
 
 def test_an_unknown_architecture_and_metadata_that_lack_a_key_are_refused(tmp_path):

@@ -173,6 +173,54 @@ def test_a_hub_that_cannot_be_reached_gives_one_line_with_a_remedy(monkeypatch):
     assert "local directory" in str(caught.value)
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The function `hub(repository)`: it has a hub hold this directory and returns the list of files fetched of it."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    def hold(repository):
+        fetched, snapshot = [], tmp_path / "snapshots" / "commit"
+
+        def snapshot_download(name, allow_patterns, revision=None):
+            assert revision in (None, "commit")
+            files = [path.relative_to(repository) for path in sorted(repository.rglob("*")) if path.is_file()]
+            for file in filter_repo_objects(map(str, files), allow_patterns=allow_patterns):
+                (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(repository / file, snapshot / file)
+                fetched.append(file)
+            return str(snapshot)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return fetched
+
+    return hold
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_weights_that_a_repository_holds_twice_are_fetched_once(hub, request, name):
+    repository = request.getfixturevalue(name)
+    weights = sorted(path.name for path in repository.glob("*.safetensors"))
+    (repository / "original").mkdir()
+    for other in ("consolidated.safetensors", "original/model-00001-of-00001.safetensors"):
+        shutil.copyfile(repository / weights[0], repository / other)
+    fetched = hub(repository)
+    source = open_source("someone/some-model")
+    assert sorted(file for file in fetched if file.endswith(".safetensors")) == weights
+    assert source.names() == open_source(repository).names()
+
+
+def test_an_index_of_the_hub_that_is_none_is_named(hub, qwen2):
+    (qwen2 / INDEX).write_text("{}")
+    hub(qwen2)
+    with pytest.raises(CorruptFile, match="not an index of shards"):
+        open_source("someone/some-model")
+
+
+def test_a_single_file_goes_before_an_index_that_was_left(llama, qwen2):
+    shutil.copyfile(qwen2 / INDEX, llama / INDEX)
+    assert_same_as_transformers(open_source(llama), pretrained_model_name_or_path=llama)
+
+
 def test_a_missing_tokenizer_is_a_usage_error(tiny_llama_dir):
     with pytest.raises(UsageError, match="tokenizer"):
         open_source(tiny_llama_dir).tokenizer()
@@ -276,3 +324,39 @@ def test_loading_a_model_with_a_missing_tensor_is_an_error(llama):
     save_file(weights, llama / SINGLE)
     with pytest.raises(CorruptFile, match="up_proj"):
         load_plain(open_source(llama))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_a_model_saved_without_its_head_has_the_names_of_the_whole_model(make_tiny, tmp_path, kind):
+    model = make_tiny(kind, tied=True)
+    model.model.save_pretrained(tmp_path)
+    assert "embed_tokens.weight" in load_file(tmp_path / SINGLE)
+    source = open_source(tmp_path)
+    assert_same_as_transformers(source, pretrained_model_name_or_path=tmp_path)
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_plain(source, torch.float32)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_model_saved_without_its_head_are_found(make_mixture, tmp_path, kind):
+    model = make_mixture(kind)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    model.model.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_plain(open_source(tmp_path), torch.float32)(ids).logits, model(ids).logits)
+
+
+def test_a_model_that_lost_a_head_of_its_own_generates_no_text(make_tiny, tmp_path):
+    make_tiny("llama").model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"has no output head \(lm_head\.weight\).* give the whole language model"):
+        load_plain(open_source(tmp_path))
+
+
+def test_a_model_that_is_no_causal_one_is_named(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="'t5' is no causal language model"):
+        load_plain(open_source(tmp_path))

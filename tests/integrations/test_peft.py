@@ -106,6 +106,27 @@ def test_all_linear_means_packed_linears_too(checkpoints, name):
     assert not isinstance(model.get_base_model().lm_head, peft.tuners.lora.LoraLayer)
 
 
+@pytest.mark.parametrize("first", ["all-linear", ["q_proj"]])
+def test_a_second_adapter_on_all_linears_has_the_places_of_a_first_one(checkpoints, first):
+    model = adapted(checkpoints / "trellis", target_modules=first)
+    model.add_adapter("second", peft.LoraConfig(target_modules="all-linear"))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert len(layers) == 2 * 7
+    assert all("second" in layer.lora_A for layer in layers.values())
+    assert all(isinstance(layer.base_layer, FewbitLinear) for layer in layers.values())
+    model.set_adapter("second")
+    assert model(input_ids=IDS).logits.shape == (2, 12, 96)
+
+
+def test_a_head_that_is_trained_whole_gets_no_adapter(tiny_models, tmp_path):
+    quantize(tiny_models["biased"], tmp_path / "out", QuantizeOptions(rounding="nearest", head="bf16"))
+    model = adapted(tmp_path / "out", modules_to_save=["lm_head"])
+    model.add_adapter("second", peft.LoraConfig(target_modules="all-linear"))
+    layers = [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    assert len(layers) == 2 * 7
+    assert not any("lm_head" in name for name in layers)
+
+
 def test_the_usual_preparations_for_training_work(checkpoints):
     model = peft.prepare_model_for_kbit_training(load(checkpoints / "trellis", torch.bfloat16))
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
@@ -131,6 +152,18 @@ def test_what_needs_plain_weights_is_refused(checkpoints):
             adapted(checkpoints / "trellis", **settings)
     with pytest.raises(UsageError, match="use_dora"):
         model.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [("velora_config", "VeloraConfig"), ("use_bdlora", "BdLoraConfig"), ("kasa_config", "KasaConfig")],
+)
+def test_variants_that_read_the_plain_weight_are_refused(checkpoints, option, kind):
+    variant = getattr(peft.tuners.lora.config, kind, None)
+    if variant is None:
+        pytest.skip(f"this release of PEFT has no {option}")
+    with pytest.raises(UsageError, match=f"{option} reads the plain weight.*use plain LoRA"):
+        adapted(checkpoints / "trellis", **{option: variant()})
 
 
 def test_models_without_packed_weights_are_left_alone(make_tiny):

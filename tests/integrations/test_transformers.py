@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from fewbit.checkpoint.plain import load_plain
 from fewbit.checkpoint.source import open_source
+from fewbit.errors import CorruptFile, UsageError
 from fewbit.loading import load
 from fewbit.modules import FewbitEmbedding, FewbitLinear, PackedTensor, TiedHead
 from fewbit.pipeline.options import QuantizeOptions
@@ -274,8 +275,6 @@ def test_the_checkpoint_says_what_it_needs(checkpoints):
 def test_a_module_that_the_model_lacks_is_refused(checkpoints, tmp_path):
     import shutil
 
-    from fewbit.errors import CorruptFile
-
     copy = shutil.copytree(checkpoints / "biased", tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     modules = config["quantization_config"]["modules"]
@@ -283,3 +282,10 @@ def test_a_module_that_the_model_lacks_is_refused(checkpoints, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CorruptFile, match=r"model.layers.7.mlp.up_proj"):
         AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["tied", "biased"])
+def test_a_model_without_its_head_is_not_called_damage(checkpoints, name):
+    with pytest.raises(UsageError, match="load it with AutoModelForCausalLM, whose attribute base_model"):
+        AutoModel.from_pretrained(checkpoints / name)
+    assert isinstance(from_pretrained(checkpoints / name).base_model.layers[0].mlp.up_proj, FewbitLinear)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fewbit.checkpoint.source import open_source
 from fewbit.errors import CorruptFile, UsageError
@@ -59,6 +63,39 @@ def test_the_identity_follows_options_and_source(tiny_models):
         make_plan(open_source(tiny_models["tied"]), QuantizeOptions()),
     ]
     assert len({plan.identity for plan in plans}) == len(plans)
+
+
+def without_a_layer(weights: dict) -> None:
+    for name in [name for name in weights if ".layers.1." in name]:
+        del weights[name]
+
+
+def narrower(weights: dict) -> None:
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][:96].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_layer, r"has no tensor model\.layers\.1\."),
+        (narrower, r"up_proj\.weight is \[96, 64\], the configuration says \[128, 64\]"),
+    ],
+)
+def test_a_source_that_is_not_the_whole_model_is_refused(tiny_llama_dir, tmp_path, change, message):
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors")
+    with pytest.raises(CorruptFile, match=message):
+        make_plan(open_source(model), QuantizeOptions(rounding="nearest"))
+
+
+def test_layers_that_the_configuration_does_not_count_are_refused(tiny_llama_dir, tmp_path):
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CorruptFile, match=r"holds model\.layers\.1\..* the configuration describes 1 layers"):
+        make_plan(open_source(model), QuantizeOptions(rounding="nearest"))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"tensors": [{"spec": null}]}', '{"tensors": 3}'])

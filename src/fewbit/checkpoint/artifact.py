@@ -101,23 +101,23 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Open a checkpoint directory; raises `UsageError` for anything else, with the remedy."""
+        """Open a checkpoint directory; raises `CorruptFile` for a damaged one and `UsageError` for anything else."""
         path = Path(path)
         if not path.exists():
             raise UsageError(f"{path} does not exist")
-        if not is_artifact(path):
+        if not is_artifact(path) and not (path / RECORD).is_file():
             raise UsageError(f"{path} is not a fewbit checkpoint; make one with: fewbit quantize {path} OUT")
         return cls(path)
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """Tensor name to file name, from the index or the single file; paths must stay inside."""
-        index = self.path / "model.safetensors.index.json"
-        if not index.exists():
-            single = self.path / "model.safetensors"
-            if not single.is_file():
-                raise CorruptFile(f"{self.path} holds no model.safetensors; copy the checkpoint again")
+        """Tensor name to file name, from the single file if there is one, as in transformers, and else from the index;
+        paths must stay inside."""
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if single.is_file():
             return dict.fromkeys(_safe_keys(single), single.name)
+        if not index.exists():
+            raise CorruptFile(f"{self.path} holds no model.safetensors; copy the checkpoint again")
         return {name: file for file, names in indexed_files(index).items() for name in names}
 
     def check_config(self) -> None:
@@ -159,6 +159,12 @@ class Artifact:
                 )
         return parts
 
+    def _transformed(self) -> bool:
+        """Whether its weights are the source's on other axes, by its options."""
+        options = self.record["options"]
+        measured = options.get("format") == "twinquant" and options.get("rounding") == "ldlq"
+        return measured and bool(options.get("smooth") or options.get("learn"))
+
     def inspect(self) -> dict[str, Any]:
         """What the checkpoint holds, as `fewbit inspect --json` prints it."""
         tensors = self.record["tensors"]
@@ -183,15 +189,21 @@ class Artifact:
         """Check every tensor; yields (tensor, problem) with an empty problem where all is well.
 
         A tensor has to be there, have the shape of its format, hold the bytes that were recorded and decode to
-        finite numbers; given the `source` it was made from, also have the error that was recorded.
+        finite numbers; given the `source` it was made from, also have the error that was recorded. Raises `UsageError`
+        for another source, and where what was folded into it is not known.
         """
-        from fewbit.checkpoint.equivalent import equivalent
+        from fewbit.checkpoint.equivalent import TRANSFORM, equivalent
         from fewbit.checkpoint.source import SourceRows
 
         if source is not None and source.fingerprint() != self.record["source_fingerprint"]:
             raise UsageError(f"{source.path} is not the model that {self.path} was made from; give that one")
         if source is not None:
-            source = equivalent(source, self.path)
+            if self._transformed() and not (self.path / TRANSFORM).exists():
+                raise UsageError(
+                    f"{self.path} has no {TRANSFORM}, without which its weights cannot be compared with a source; copy "
+                    "that file from the checkpoint that this one was saved from"
+                )
+            source = equivalent(source, self.path, "copy the checkpoint again")
         recorded = {entry["name"]: entry for entry in self.record["tensors"]}
         for name, entry in recorded.items():
             module = self.modules.get(name.removesuffix(".weight")) if entry["format"] else None
@@ -221,7 +233,7 @@ def _decode_problem(
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a directory is a finished fewbit checkpoint."""
+    """Whether a directory is a fewbit checkpoint by its configuration; what else it holds may be damaged."""
     config = path / "config.json"
     if not config.is_file():
         return False
@@ -229,7 +241,7 @@ def is_artifact(path: Path) -> bool:
         method = read_object(config).get("quantization_config", {}).get("quant_method")
     except (CorruptFile, AttributeError):
         return False
-    return bool(method == "fewbit") and _has_record(path)
+    return bool(method == "fewbit")
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -283,13 +295,6 @@ def _is_entry(entry: dict[str, Any]) -> bool:
         and type(error) in (int, float)
         and math.isfinite(error)
     )
-
-
-def _has_record(directory: Path) -> bool:
-    try:
-        return (directory / RECORD).is_file() or read_record(directory) is not None
-    except CorruptFile:
-        return False
 
 
 def check_header(path: Path) -> None:

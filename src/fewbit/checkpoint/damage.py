@@ -78,8 +78,8 @@ def read_object(path: Path, remedy: str = "make the checkpoint again") -> dict[s
     return found
 
 
-def indexed_files(index: Path) -> dict[str, set[str]]:
-    """The shards that an index names, all of them in its directory, to the tensors that it promises in each."""
+def shards(index: Path) -> dict[str, set[str]]:
+    """The shards that an index names, to the tensors that it promises in each."""
     weight_map = read_object(index, "download the model again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFile(f"{index}: not an index of shards; download the model again")
@@ -89,6 +89,12 @@ def indexed_files(index: Path) -> dict[str, set[str]]:
         if not isinstance(file, str) or not _is_shard(file):
             raise CorruptFile(f"{index}: shard {shortened(file)} is not a plain .safetensors name in this directory")
         files.setdefault(file, set()).add(name)
+    return files
+
+
+def indexed_files(index: Path) -> dict[str, set[str]]:
+    """The same, with all shards in the index's directory."""
+    files = shards(index)
     for file in files:
         if not (index.parent / file).is_file():
             raise CorruptFile(f"{index.parent / file}: missing, though the index names it; download the model again")

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoint.damage import shortened
 from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
-from fewbit.errors import UsageError
+from fewbit.errors import CorruptFile, UsageError
 from fewbit.models import OUTPUT_ROTATION, Family, Place, SharedInput, get_family
 
 TRANSFORM = "transform.safetensors"
@@ -50,13 +51,15 @@ class Transform:
         write_tensors(path, self.tensors())
 
     @classmethod
-    def load(cls, path: Path) -> Transform:
-        """Raises `CorruptFile` where the file is damaged."""
-        tensors = read_tensors(path)[0]
+    def load(cls, path: Path, remedy: str = "delete it and run again") -> Transform:
+        """Raises `CorruptFile` with the remedy where the file is damaged."""
+        tensors = read_tensors(path, remedy)[0]
         residual = tensors.pop(RESIDUAL, None)
-        parts: dict[str, dict[str, torch.Tensor]] = {"gains": {}, "scales": {}, "values": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in PER_MODULE}
         for name, tensor in tensors.items():
             kind, _, module = name.partition(".")
+            if kind not in parts:
+                raise CorruptFile(f"{path} holds {shortened(name)}, which is no part of a transform; {remedy}")
             parts[kind][module] = tensor
         return cls(residual, **parts)
 
@@ -235,10 +238,11 @@ def loose_norm(source: Source) -> str | None:
     return None
 
 
-def equivalent(source: Source, directory: Path) -> Source:
-    """`source` under the transform that lies in `directory`, or itself where there is none."""
+def equivalent(source: Source, directory: Path, remedy: str = "delete it and run again") -> Source:
+    """`source` under the transform that lies in `directory`, or itself where there is none; the remedy is for a damaged
+    one, by default that of a work directory."""
     path = directory / TRANSFORM
-    return EquivalentSource(source, Transform.load(path)) if path.exists() else source
+    return EquivalentSource(source, Transform.load(path, remedy)) if path.exists() else source
 
 
 def rotate_output(norm: Any) -> None:

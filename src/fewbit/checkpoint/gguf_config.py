@@ -76,6 +76,7 @@ def _changes(
     found: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
+        "eos_token_id": _ends(metadata, config, shapes["token_embd.weight"][0]),
     }
     if getattr(config, "head_dim", None) not in (head_size, None) or head_size != default_size:
         found["head_dim"] = head_size
@@ -115,8 +116,20 @@ def _by_architecture(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], 
         }
     if metadata.architecture == "llama":
         biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_down.bias"}
-        return {key: name in shapes for key, name in biases.items()}
+        # A file that is called mistral gets the window of Mistral's first model, which llama.cpp does not have.
+        return {"sliding_window": None, **{key: name in shapes for key, name in biases.items()}}
     return {}
+
+
+def _ends(metadata: Metadata, config: Any, vocabulary: int) -> int | list[int] | None:
+    """The tokens that end an answer: that of the text, and those of a turn and of a message where a file has them."""
+    found = getattr(config, "eos_token_id", None)
+    ends = [] if found is None else list(found) if isinstance(found, list | tuple) else [found]
+    for key in ("eot", "eom"):
+        end = metadata.whole(f"tokenizer.ggml.{key}_token_id")
+        if end is not None and int(end) not in ends and 0 <= int(end) < vocabulary:
+            ends.append(int(end))
+    return ends if len(ends) > 1 else found
 
 
 def _mixtral(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import struct
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fewbit.checkpoint.damage import check_config, damage_named
+from fewbit.checkpoint.damage import check_config, damage_named, shortened, tried
 from fewbit.checkpoint.gguf_config import ROPE_FREQS, Metadata, read_config
 from fewbit.checkpoint.source import Source, fingerprint_files
 from fewbit.checkpoint.tensors import MAX_HEADER, first_line
@@ -32,6 +33,9 @@ MAX_ITEMS = 2_000_000
 `gguf` package makes objects of each value, slowly."""
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_KNOWN_TYPES = frozenset(int(kind) for kind in gguf.GGMLQuantizationType)
+_MOST_TYPES = 1024  # more ids of block types than llama.cpp and its forks have given
+_MOST_VERSIONS = 16  # above, a version is no number of one
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -70,11 +74,7 @@ class GgufSource(Source):
             raise CorruptFile(f"{self.path}: one of several parts, and the others are not beside it; download them all")
         for name, tensor in tensors.items():
             if tensor.tensor_type not in readable_types():
-                known = ", ".join(kind.name for kind in readable_types())
-                raise UsageError(
-                    f"{self.path}: {name} has type {tensor.tensor_type.name}, which cannot be read: known are {known}; "
-                    "give a file of another type or the Hugging Face directory"
-                )
+                raise _unreadable(self.path, name, tensor.tensor_type.name)
         if "token_embd.weight" not in tensors:
             raise CorruptFile(f"{self.path}: has no tensor token_embd.weight; download the file again")
         rope = tensors.pop(ROPE_FREQS, None)
@@ -161,17 +161,29 @@ class GgufSource(Source):
 
     def tokenizer(self) -> Any:
         try:
-            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
-        # A file without a vocabulary ends in whatever transformers looks for first.
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+            return _load_tokenizer(self.path)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        # A file without a vocabulary ends in whatever transformers looks for first, a vocabulary that contradicts
+        # itself in what the library in Rust makes of it, panics too.
+        except BaseException as error:
             raise UsageError(
                 f"{self.path}: no usable tokenizer ({first_line(error)}); take a file that holds one, or give the "
                 "model's Hugging Face directory"
             ) from error
 
     def copy_tokenizer(self, out_dir: str | Path) -> None:
-        self.tokenizer().save_pretrained(out_dir)
         GenerationConfig.from_model_config(self.config).save_pretrained(out_dir)
+        self.tokenizer().save_pretrained(out_dir)
+
+
+def _load_tokenizer(file: Path) -> Any:
+    """The tokenizer of a file, in a directory of its own: transformers prefers a `tokenizer.json` that lies beside."""
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        found = AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False)
+    found.name_or_path = str(file)
+    return tried(found)
 
 
 def gguf_parts(file: Path) -> list[Path]:
@@ -197,6 +209,14 @@ def readable_types() -> tuple[gguf.GGMLQuantizationType, ...]:
             continue
         found.append(kind)
     return tuple(found)
+
+
+def _unreadable(file: Path, name: str, kind: str) -> UsageError:
+    known = ", ".join(known.name for known in readable_types())
+    return UsageError(
+        f"{file}: {name} has type {kind}, which cannot be read: known are {known}; give a file of another type or the "
+        "Hugging Face directory"
+    )
 
 
 def _open(file: Path) -> gguf.GGUFReader:
@@ -226,7 +246,8 @@ def check_header(path: Path) -> int:
     """Walk a GGUF header and return its length in bytes.
 
     Raises `CorruptFile` unless every count and length stays within `MAX_HEADER` and the file. The `gguf`
-    package trusts them, and would loop over an absurd count for hours.
+    package trusts them, and would loop over an absurd count for hours. Raises `UsageError` for a version, a byte order
+    or a type of blocks that it does not read.
     """
     if not path.is_file():
         raise CorruptFile(f"{path}: missing, or no plain file; download it again")
@@ -234,16 +255,16 @@ def check_header(path: Path) -> int:
         header = _Header(path, file)
         if header.take(4) != b"GGUF":
             raise header.damaged("does not start with GGUF")
-        version = header.number(4)
-        if version not in (2, 3):
-            raise header.damaged(f"GGUF version {version}, allowed are 2 and 3 in little-endian order")
+        header.check_version()
         tensors, fields = header.number(8), header.number(8)
         for _ in range(fields):
             header.skip(header.number(8))
             header.value(header.number(4))
         for _ in range(tensors):
-            header.skip(header.number(8))
-            header.skip(8 * header.number(4) + 12)
+            name = header.take(header.number(8))
+            header.skip(8 * header.number(4))
+            header.check_type(name)
+            header.skip(8)
     return header.at
 
 
@@ -270,6 +291,32 @@ class _Header:
 
     def number(self, width: int) -> int:
         return int(struct.unpack("<I" if width == 4 else "<Q", self.take(width))[0])
+
+    def check_version(self) -> None:
+        version = self.take(4)
+        number, swapped = int.from_bytes(version, "little"), int.from_bytes(version, "big")
+        if number in (2, 3):
+            return
+        if 0 < swapped < _MOST_VERSIONS:
+            raise UsageError(
+                f"{self.path}: GGUF in big-endian order, which is not read; take a little-endian file, or convert this "
+                "one with gguf-convert-endian of the package gguf"
+            )
+        if 0 < number < _MOST_VERSIONS:
+            raise UsageError(
+                f"{self.path}: GGUF version {number}, allowed are 2 and 3; take a file of such a version, or give the "
+                "model's Hugging Face directory"
+            )
+        raise self.damaged(f"GGUF version {number}, allowed are 2 and 3")
+
+    def check_type(self, name: bytes) -> None:
+        """The type of a tensor's blocks, of which the `gguf` package knows what was there when it was released."""
+        kind = self.number(4)
+        if kind in _KNOWN_TYPES:
+            return
+        if kind >= _MOST_TYPES:
+            raise self.damaged(f"unknown type {kind} of blocks")
+        raise _unreadable(self.path, shortened(name.decode(errors="replace")), f"number {kind}")
 
     def value(self, kind: int) -> None:
         if kind == _STRING:

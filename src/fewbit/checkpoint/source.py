@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbit.checkpoint.damage import check_config, damage_named, indexed_files, read_object, tried
+from fewbit.checkpoint.damage import check_config, damage_named, indexed_files, read_object, shards, tried
 from fewbit.checkpoint.tensors import SafetensorsFile, first_line
 from fewbit.dtypes import FLOATS
 from fewbit.errors import CorruptFile, FewbitError, UsageError
-from fewbit.models import Experts, find_family
+from fewbit.models import Experts, Family, find_family
 from fewbit.torch_later import torch
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ SINGLE = "model.safetensors"
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _COMPANION_FILES = (*_TOKENIZER_FILES, "chat_template*", "generation_config.json")
-_HUB_FILES = [*_COMPANION_FILES, "config.json", "*.safetensors", INDEX]
+_HUB_FILES = [*_COMPANION_FILES, "config.json", SINGLE, INDEX]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
@@ -160,6 +160,7 @@ class SafetensorsSource(Source):
             for name, (_, shape, _) in held.tensors.items():
                 if self._is_weight(name):
                     self._where |= _entries(file, name, shape, experts)
+        self._where = _whole_names(self._where, family)
         check_config(self.config, self.weights(), self._where, directory / "config.json")
         for stored in self._where.values():
             dtype = self._files[stored.file].tensors[stored.name][0]
@@ -256,6 +257,15 @@ def _entries(file: str, name: str, shape: tuple[int, ...], experts: Experts | No
     }
 
 
+def _whole_names(found: dict[str, _Stored], family: Family | None) -> dict[str, _Stored]:
+    """The names of the whole language model, where a file has those of the model inside it, without `model.`: so
+    embedding models are released, and so `AutoModel` saves."""
+    prefix = "" if family is None else family.embed.partition(".")[0] + "."
+    if family is None or f"{family.embed.removeprefix(prefix)}.weight" not in found:
+        return found
+    return {name if name.startswith((prefix, f"{family.head}.")) else prefix + name: at for name, at in found.items()}
+
+
 def fingerprint_files(files: list[Path]) -> str:
     """The digest that `Source.fingerprint` describes. Files alone: what a release of transformers makes of them may
     change."""
@@ -291,11 +301,9 @@ def _load_config(directory: Path) -> PretrainedConfig:
 
 
 def _shard_files(directory: Path) -> dict[str, set[str]]:
-    """File name to the tensors that the index promises in it (none for a single file)."""
-    index = directory / INDEX
-    if not index.is_file():
-        return {SINGLE: set()}
-    return indexed_files(index)
+    """File name to the tensors that the index promises in it (none for a single file, which goes before an index, as in
+    transformers)."""
+    return {SINGLE: set()} if (directory / SINGLE).is_file() else indexed_files(directory / INDEX)
 
 
 def _download(name: str) -> Path:
@@ -305,7 +313,13 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        found = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        if (found / INDEX).is_file() and not (found / SINGLE).is_file():
+            # Of the same commit, which the directory is named after. Some repositories hold the weights twice.
+            snapshot_download(name, revision=found.name, allow_patterns=sorted(shards(found / INDEX)))
+        return found
+    except CorruptFile:
+        raise
     # The hub client raises errors of several HTTP libraries; all of them mean the same to the user.
     except Exception as error:
         raise FewbitError(

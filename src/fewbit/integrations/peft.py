@@ -11,12 +11,14 @@ from typing import Any
 
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fewbit.errors import UsageError
 from fewbit.modules import FewbitLinear
 
 ALL_LINEAR = "all-linear"
+READ_WEIGHTS = ("use_dora", "kasa_config", "velora_config", "use_bdlora")
 
 
 class FewbitLoraLinear(Linear):
@@ -48,12 +50,9 @@ class FewbitLoraLinear(Linear):
 
 def _check(config: Any) -> None:
     """Refuse settings that start from the plain weight or change it."""
-    reads_weight = {"use_dora": config.use_dora, "kasa_config": getattr(config, "kasa_config", None)}
-    for option, value in reads_weight.items():
-        if value:
-            raise UsageError(
-                f"{option} reads and changes the plain weight, which a packed linear does not have; use LoRA"
-            )
+    for option in READ_WEIGHTS:
+        if getattr(config, option, None):
+            raise UsageError(f"{option} reads the plain weight, which a packed linear does not have; use plain LoRA")
     start = config.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "eva"):
         raise UsageError(
@@ -63,13 +62,18 @@ def _check(config: Any) -> None:
 
 
 def _all_linears(model: Any) -> set[str]:
-    """Names of all linears, packed or plain, but the output head."""
+    """Names of all linears, packed or plain, but the output head; those with adapters by the names of what is around
+    them, and without what is inside."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, FewbitLinear | nn.Linear) and module is not head
-    }
+    found, inside = set(), set()
+    for name, module in model.named_modules():
+        adapted = isinstance(module, BaseTunerLayer)
+        if adapted or module is head:
+            inside |= {f"{name}.{part}" for part, _ in module.named_modules() if part}
+        base = module.get_base_layer() if adapted else module
+        if isinstance(base, FewbitLinear | nn.Linear) and module is not head:
+            found.add(name)
+    return found - inside
 
 
 def register() -> None:

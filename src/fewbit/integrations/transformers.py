@@ -21,7 +21,7 @@ from fewbit.checkpoint.artifact import check_version, modules_from_json, read_re
 from fewbit.checkpoint.equivalent import rotate_output
 from fewbit.checkpoint.store import FORMAT_VERSION, IMPORT_FIRST, RECORD, tensors_hash
 from fewbit.dtypes import name_of
-from fewbit.errors import CorruptFile
+from fewbit.errors import CorruptFile, FewbitError, UsageError
 from fewbit.experts import separate_experts
 from fewbit.formats.trellis import check_tables
 from fewbit.models import find_family
@@ -71,7 +71,7 @@ class FewbitQuantizer(HfQuantizer):
             try:
                 original = model.get_submodule(name)
             except AttributeError as error:
-                raise CorruptFile(f"the checkpoint describes {name}, which this model does not have") from error
+                raise _without(model, name) from error
             with torch.device("meta"):
                 packed: nn.Module
                 if isinstance(original, nn.Embedding):
@@ -130,6 +130,16 @@ class FewbitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _without(model: Any, name: str) -> FewbitError:
+    """Why a model has no module of this name."""
+    if model.get_output_embeddings() is None:
+        return UsageError(
+            f"a fewbit checkpoint is a language model with its head, and {type(model).__name__} has no {name}; load it "
+            "with AutoModelForCausalLM, whose attribute base_model is the model without the head"
+        )
+    return CorruptFile(f"the checkpoint describes {name}, which this model does not have; copy the checkpoint again")
 
 
 def _as_stored(entry: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:

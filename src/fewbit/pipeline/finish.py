@@ -26,7 +26,7 @@ from fewbit.checkpoint.store import (
     tensors_hash,
     write_json,
 )
-from fewbit.errors import CorruptFile, NonFiniteWeights
+from fewbit.errors import CorruptFile, NonFiniteWeights, UsageError
 from fewbit.math.rounding import CHUNK_WEIGHTS
 from fewbit.pipeline.jobs import read_shard, shard_path
 from fewbit.pipeline.learn import REPORT as LEARNED
@@ -46,7 +46,11 @@ def finish(source: Source, plan: Plan, work: Path, output: Path, progress: Progr
     built = output.with_name(f".{output.name}.partial")
     shutil.rmtree(built, ignore_errors=True)
     built.mkdir(parents=True)
-    source.copy_tokenizer(built)
+    try:
+        source.copy_tokenizer(built)
+    except UsageError as error:
+        # Rounding to nearest needs none.
+        progress.note(f"the checkpoint has no tokenizer: {error}")
     changed = equivalent(source, work)
     if (work / TRANSFORM).exists():
         shutil.copyfile(work / TRANSFORM, built / TRANSFORM)

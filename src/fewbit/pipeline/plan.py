@@ -20,6 +20,7 @@ import torch
 from fewbit import __version__
 from fewbit.checkpoint.damage import is_size, read_json, shortened
 from fewbit.checkpoint.equivalent import EquivalentSource, Transform, loose_norm
+from fewbit.checkpoint.plain import check_fits
 from fewbit.checkpoint.source import Source
 from fewbit.errors import CorruptFile, FewbitError, UnsupportedShape
 from fewbit.formats import TensorSpec, get_format
@@ -187,9 +188,12 @@ def make_plan(
     """Plan every tensor of `source`.
 
     `calibration` is the hash of the calibration tokens, if any; `bits` the chosen bits of units that do not take
-    those of the options.
+    those of the options. Raises `CorruptFile` or `UsageError` where the source is not the model that its configuration
+    describes.
     """
     family = get_family(source.config.model_type)
+    check_fits(source)
+    _check_layers(source, family)
     stored = source
     if options.learn and loose_norm(source) is None:
         # A turn of the residual stream may add a tensor; which one it is does not matter here.
@@ -201,6 +205,18 @@ def make_plan(
     choices = {**options.to_json(), "calibration": calibration}
     # Workers on other machines, and later runs, may start in another directory.
     return Plan(str(source.path.absolute()), source.config.model_type, source.fingerprint(), choices, tensors)
+
+
+def _check_layers(source: Source, family: Family) -> None:
+    """Refuse layers that the configuration does not count: no model would load what is made of them."""
+    layers = source.config.num_hidden_layers
+    for name in source.names():
+        place = family.place(name.removesuffix(".weight"))
+        if place is not None and place.layer >= layers:
+            raise CorruptFile(
+                f"{source.path}: holds {name}, and the configuration describes {layers} layers; copy config.json from "
+                "the model"
+            )
 
 
 def _plan_tensor(
