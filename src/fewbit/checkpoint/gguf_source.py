@@ -10,7 +10,6 @@ import functools
 import math
 import re
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -178,10 +177,9 @@ class GgufSource(Source):
 
 
 def _load_tokenizer(file: Path) -> Any:
-    """The tokenizer of a file, in a directory of its own: transformers prefers a `tokenizer.json` that lies beside."""
-    with tempfile.TemporaryDirectory() as alone:
-        (Path(alone) / file.name).symlink_to(file.resolve())
-        found = AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False)
+    """The tokenizer of a file. transformers prefers a `tokenizer.json` in the directory that it is told, so it is told
+    one that never holds any."""
+    found = AutoTokenizer.from_pretrained(Path(__file__).parent, gguf_file=str(file.resolve()), trust_remote_code=False)
     found.name_or_path = str(file)
     return tried(found)
 
