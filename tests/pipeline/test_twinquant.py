@@ -301,7 +301,7 @@ def test_norms_behind_blocks_leave_the_stream_unturned(
     model.save_pretrained(tmp_path / "model")
     copy_tokenizer(tiny_models["tied"], tmp_path / "model")
     # Tuning folds its gains into norms that multiply with 1 plus what is stored.
-    chosen = options(rank=32, learn=learn, learn_steps=16 if learn else 0, tune=learn, tune_steps=16 if learn else 0)
+    chosen = options(rank=32, learn=learn, learn_steps=2 * learn, tune=learn, tune_steps=2 * learn)
     quantize(tmp_path / "model", tmp_path / "out", chosen, [calibration_text])
     artifact, transform = Artifact.open(tmp_path / "out"), Transform.load(tmp_path / "out" / TRANSFORM)
     assert transform.residual is None
