@@ -22,6 +22,7 @@ MODELS = dict((SMALL, LARGE))
 SERIES = {"fewbit itq3_s": ("o-", "#1f8fd6"), "fewbit twinquant": ("^", "#009e73"), "others": ("s", "#d55e00")}
 TICKS = [digit * scale for scale in (0.001, 0.01, 0.1, 1, 10) for digit in (1, 2, 5)]
 NEAR_BITS, NEAR_RATIO = 0.5, 1.3  # of points whose names would lie on each other
+TWO_BITS, MOST_OF_TWO = ("IQ2_M", "Q2_K"), 3.5
 GREY = "#808080"  # to be read on light and on dark pages
 Point = tuple[str, float, float]
 
@@ -48,9 +49,11 @@ def points() -> dict[str, dict[str, list[Point]]]:
         rows = compared(model)
         for row, same in rows.items():
             series, name = shown(row)
-            if series and part_of(row, rows) != CONTROLS:
-                nats = mean(one["kl_mean"] for one in same)
-                found[model][series].append((name, round(body_bits(same), 3), nats))
+            bits = round(body_bits(same), 3)
+            # Where blocks do not fit the rows, a mix of two bits is one of four by its bytes.
+            misnamed = name in TWO_BITS and bits > MOST_OF_TWO
+            if series and part_of(row, rows) != CONTROLS and not misnamed:
+                found[model][series].append((name, bits, mean(one["kl_mean"] for one in same)))
     return found
 
 
@@ -64,10 +67,10 @@ def draw(found: dict[str, dict[str, list[Point]]], target: Path) -> None:
             mine = sorted(found[model][series], key=lambda point: point[1])
             panel.plot([bits for _, bits, _ in mine], [nats for *_, nats in mine], style, color=color, label=series)
             for name, bits, nats in mine:
-                # Of two that are next to each other the lower one has its name below.
+                # Of two that are next to each other the lower one has its name below, on the other side.
                 above = all(abs(bits - b) > NEAR_BITS or not 1 < n / nats < NEAR_RATIO for _, b, n in named)
-                place = (4, 4) if above else (4, -11)
-                panel.annotate(name, (bits, nats), place, textcoords="offset points", color=color, fontsize=7)
+                place, side = ((4, 4), "left") if above else ((-4, -9), "right")
+                panel.annotate(name, (bits, nats), place, textcoords="offset points", color=color, fontsize=7, ha=side)
         panel.set(title=title, xlabel="bits per weight, layers", ylabel="divergence, nats", yscale="log")
         panel.margins(x=0.22, y=0.15)
         panel.grid(color=GREY, alpha=0.25)
