@@ -54,12 +54,10 @@ def made(reference: Path, options: QuantizeOptions, output: Path) -> dict[str, A
     if {key: found.get(key) for key in label} != label:
         stages = Stages()
         # A checkpoint without a result is of a process that was killed between the two.
-        # A branch is found on one thread, where the trellis's encoder takes all of them; the bytes are the same.
-        executor = "process" if options.format == "twinquant" else "serial"
-        placement = Placement(fresh=output.exists(), executor=executor)
+        placement = Placement(fresh=output.exists(), executor="auto")
         result = quantize(reference, output, options, [fetch_text(name) for name in CALIBRATION], placement, stages)
         stages.end()
-        found = {**result.to_json(), "stage_seconds": stages.seconds, "executor": executor, **label}
+        found = {**result.to_json(), "stage_seconds": stages.seconds, **label}
         save(path, found)
     return found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from fewbit.environment import environment
 from fewbit.loading import load_any
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.run import quantize
+from fewbit.resident import peak_resident_bytes
 
 OUTPUT = Path(__file__).resolve().parent / "results"
 CHECKPOINTS = {
@@ -77,7 +77,7 @@ def fewbit(*arguments: str) -> tuple[str, float, int]:
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as words:
         with subprocess.Popen(command, stdout=output, stderr=words, text=True) as process:
             while process.poll() is None:
-                most = max(most, resident_peak(process.pid))
+                most = max(most, peak_resident_bytes(process.pid))
                 time.sleep(0.01)
         seconds = time.perf_counter() - started
         for file in (output, words):
@@ -85,19 +85,6 @@ def fewbit(*arguments: str) -> tuple[str, float, int]:
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{words.read()}")
         return output.read(), seconds, most
-
-
-def resident_peak(pid: int) -> int:
-    """The most bytes that a running process has had in memory; 0 once it has ended.
-
-    What the system tells of an ended child counts the memory of the parent that it was forked from.
-    """
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return 1024 * int(found[1]) if found else 0
 
 
 def fewbit_speeds(path: Path, threads: int) -> dict[str, float]:

@@ -75,7 +75,7 @@ def quantize(
     damping: o.Damping = "auto",
     tune: o.Tune = None,
     tune_steps: o.TuneSteps = 0,
-    executor: o.Executor = "serial",
+    executor: o.Executor = "auto",
     workers: o.Workers = None,
     ray_address: o.RayAddress = None,
     work_dir: o.WorkDir = None,

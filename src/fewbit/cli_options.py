@@ -107,11 +107,17 @@ TuneSteps = Annotated[
     int, typer.Option(help="Steps of tuning at most; 0: fewer for larger models.", rich_help_panel=TUNING)
 ]
 Executor = Annotated[
-    str, typer.Option(help="Where tensors are rounded: serial, process or ray.", rich_help_panel=PLACE)
+    str,
+    typer.Option(
+        help="Where tensors are rounded: auto, serial (this process), process (a pool of them) or ray.",
+        rich_help_panel=PLACE,
+    ),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Workers of that executor. Default: one per processor.", rich_help_panel=PLACE),
+    typer.Option(
+        help="Workers of that executor. Default: one per processor, with auto as memory allows.", rich_help_panel=PLACE
+    ),
 ]
 RayAddress = Annotated[
     str | None,

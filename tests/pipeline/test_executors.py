@@ -19,7 +19,7 @@ from fewbit.checkpoint.store import read_tensors, tensors_hash, write_tensors
 from fewbit.errors import FewbitError, UsageError
 from fewbit.math.rounding import inverse_factor
 from fewbit.pipeline import executors
-from fewbit.pipeline.executors import ProcessExecutor, RayExecutor, make_executor
+from fewbit.pipeline.executors import ProcessExecutor, RayExecutor, choose_executor, make_executor
 from fewbit.pipeline.jobs import RoundJob, round_tensor
 from fewbit.pipeline.options import QuantizeOptions
 from fewbit.pipeline.plan import make_plan
@@ -142,21 +142,42 @@ def test_a_worker_s_error_arrives_as_it_is(jobs, tiny_models, tmp_path):
         list(executor.run([RoundJob(jobs[0].work, jobs[0].name, "factor-7.safetensors")]))
     assert next(executor.run(jobs[:1]))["tensor"] == jobs[0].name
     executor.close()
+    if sys.platform == "linux":
+        assert executor.peak_bytes > 1 << 20
 
 
 def test_unknown_executors_and_no_workers_are_refused():
     with pytest.raises(UsageError, match="serial, process, ray"):
-        make_executor("threads")
+        make_executor("threads", 1)
     with pytest.raises(UsageError, match="at least 1"):
         make_executor("process", -2)
     with pytest.raises(UsageError, match="at least 1"):
         make_executor("process", 0)
 
 
+def test_auto_is_a_pool_where_matrices_are_rounded_on_one_thread_and_memory_allows(tiny_models, monkeypatch):
+    source = open_source(tiny_models["tied"])
+    twin = make_plan(source, QuantizeOptions(format="twinquant", rounding="nearest", head="bf16").resolved(10**6))
+    trellis = make_plan(source, NEAREST.resolved(10**6))
+    assert choose_executor("auto", None, twin) == ("serial", 1)
+    monkeypatch.setattr(executors, "POOLED_WEIGHTS", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(executors, "available_memory", lambda: 1 << 40)
+    assert choose_executor("auto", None, twin) == ("process", 8)
+    assert choose_executor("auto", 3, twin) == ("process", 3)
+    assert choose_executor("auto", None, trellis) == ("serial", 1)
+    assert choose_executor("serial", None, twin)[0] == "serial"
+    assert choose_executor("process", 5, trellis) == ("process", 5)
+    monkeypatch.setattr(executors, "available_memory", lambda: 7 * executors.WORKER_BYTES)
+    assert choose_executor("auto", None, twin) == ("process", 3)
+    monkeypatch.setattr(executors, "available_memory", lambda: executors.WORKER_BYTES)
+    assert choose_executor("auto", None, twin) == ("serial", 1)
+
+
 def test_ray_without_ray_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'fewbit\[ray\]'"):
-        make_executor("ray")
+        make_executor("ray", 1)
 
 
 @pytest.mark.slow

@@ -103,12 +103,13 @@ Layout = dict[str, tuple[tuple[int, ...], str]]
 
 
 class Format(ABC):
-    """One way to store a weight matrix."""
+    """One way to store a weight matrix. `single_threaded` says that `quantize` uses one thread, whatever there are."""
 
     name: str
     bits: tuple[int, ...]
     rotated: bool = True
     group_limit: int = 256
+    single_threaded: bool = False
 
     def spec(self, rows: int, cols: int, bits: int, **choices: int) -> TensorSpec:
         """The storage of a `[rows, cols]` matrix; raises `UnsupportedShape` where it does not fit.

@@ -51,6 +51,7 @@ class TwinQuant(Format):
     name = "twinquant"
     bits = (4,)
     group_limit = 128
+    single_threaded = True
 
     def spec(self, rows: int, cols: int, bits: int, **choices: int) -> TensorSpec:
         """As for int4, with a branch of at most `rank` (0): a multiple of the group, at most a quarter of the narrower

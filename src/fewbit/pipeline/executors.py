@@ -20,17 +20,27 @@ import torch
 
 from fewbit.checkpoint.tensors import first_line
 from fewbit.errors import FewbitError, UsageError
+from fewbit.formats import get_format
 from fewbit.ops.extension import load_native
 from fewbit.pipeline.jobs import RoundJob, round_tensor
+from fewbit.pipeline.memory import available_memory, rounding_bytes
+from fewbit.pipeline.plan import Plan
+from fewbit.resident import peak_resident_bytes
 
-EXECUTORS = ("serial", "process", "ray")
+EXECUTORS = ("auto", "serial", "process", "ray")
 RETRIES = 3
+POOLED_WEIGHTS = 16_000_000  # of formats that round on one thread, from which on a pool is worth its start
+WORKER_BYTES = 500_000_000  # that a worker takes before it has a job
 SECONDS_TO_END = 10.0  # that an idle worker has to end by itself
 CONNECT_SECONDS = 10
 
 
 class Executor(Protocol):
-    """Runs jobs; results come in the jobs' order."""
+    """Runs jobs; results come in the jobs' order. Once it is closed, `peak_bytes` is what its workers on this machine
+    had in memory at most, all together."""
+
+    name: str
+    peak_bytes: int
 
     def run(self, jobs: Sequence[RoundJob]) -> Iterator[dict[str, Any]]: ...
 
@@ -39,6 +49,9 @@ class Executor(Protocol):
 
 class SerialExecutor:
     """One job after the other in this process, each on all its threads."""
+
+    name = "serial"
+    peak_bytes = 0
 
     def run(self, jobs: Sequence[RoundJob]) -> Iterator[dict[str, Any]]:
         return map(round_tensor, jobs)
@@ -50,7 +63,10 @@ class SerialExecutor:
 class ProcessExecutor:
     """A pool of processes on this machine, which share its threads."""
 
+    name = "process"
+
     def __init__(self, workers: int) -> None:
+        self.peak_bytes = 0
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         self._processes: dict[int, Any] = {}  # the pool forgets its own as soon as it notices that one died
@@ -87,6 +103,7 @@ class ProcessExecutor:
             return
         pool, self._pool = self._pool, None
         workers, self._processes = list(self._processes.values()), {}
+        self.peak_bytes = max(self.peak_bytes, sum(peak_resident_bytes(worker.pid) for worker in workers))
         manager: Any = pool._executor_manager_thread
         pool.shutdown(wait=False, cancel_futures=True)
         # An idle worker that was killed may have held the lock of the queue, and then the others wait for it for ever.
@@ -116,6 +133,9 @@ class RayExecutor:
     `address` is that of a running cluster; without one, and without RAY_ADDRESS, a cluster of `workers` processes
     starts on this machine and ends with this object.
     """
+
+    name = "ray"
+    peak_bytes = 0
 
     def __init__(self, workers: int, address: str | None = None) -> None:
         try:
@@ -198,10 +218,28 @@ def check_executor(name: str, workers: int | None, ray_address: str | None = Non
         raise UsageError(f"--ray-address belongs to --executor ray, not to {name}")
 
 
-def make_executor(name: str, workers: int | None = None, ray_address: str | None = None) -> Executor:
-    """The executor of that name; `workers` defaults to the processors of this machine."""
+def choose_executor(name: str, workers: int | None, plan: Plan) -> tuple[str, int]:
+    """The executor behind a name, and its workers, by default as many as this machine has processors.
+
+    "auto" is a pool of as many processes as memory takes where most is rounded by formats that use one thread for a
+    matrix, and everything else is rounded in this process.
+    """
+    found = workers or os.cpu_count() or 1
+    if name != "auto":
+        return name, found
+    pooled = [t for t in plan.quantized if t.spec is not None and get_format(t.spec.format).single_threaded]
+    if sum(tensor.weights for tensor in pooled) < max(POOLED_WEIGHTS, sum(t.weights for t in plan.quantized) / 2):
+        return "serial", 1
+    if workers is None:
+        # Half of the memory is left to what this process does itself.
+        each = WORKER_BYTES + max(rounding_bytes(tensor) for tensor in pooled)
+        found = min(found, available_memory() // 2 // each)
+    return ("process", found) if found > 1 else ("serial", 1)
+
+
+def make_executor(name: str, workers: int, ray_address: str | None = None) -> Executor:
+    """The executor of that name, which is not "auto"."""
     check_executor(name, workers, ray_address)
-    workers = workers or os.cpu_count() or 1
     if name == "serial":
         return SerialExecutor()
     return ProcessExecutor(workers) if name == "process" else RayExecutor(workers, ray_address)

@@ -1,10 +1,28 @@
-"""What a step of descent keeps in memory, and what there is."""
+"""What rounding and a step of descent keep in memory, and what there is."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
-from fewbit.pipeline.plan import Plan
+from fewbit.formats import GroupFormat, get_format
+from fewbit.math.rounding import CHUNK_WEIGHTS
+from fewbit.pipeline.plan import Plan, PlannedTensor
+
+COPIES_WHILE_ROUNDING = 6  # source, rotated, fed-back, values, errors and codes, in float32 each at most
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def rounding_bytes(tensor: PlannedTensor) -> int:
+    """What rounding one matrix takes at most, without what calibration knows of its inputs."""
+    assert tensor.spec is not None
+    weights = tensor.weights
+    if isinstance(get_format(tensor.spec.format), GroupFormat):
+        # These take some rows at a time.
+        weights = min(weights, max(CHUNK_WEIGHTS, 16 * tensor.shape[1]))
+    return 4 * COPIES_WHILE_ROUNDING * weights
 
 
 def activation_bytes(plan: Plan, tokens: int) -> int:
@@ -20,8 +38,20 @@ def computed_again(kept: int) -> bool:
 
 
 def available_memory() -> int:
-    """Bytes of memory that nobody uses, as far as the system tells."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 4 << 30
+    """Bytes that can be had without taking them from anybody, as far as the system tells: what files are kept in
+    counts, what is beyond a container's limit does not."""
+    found = [4 << 30]
+    with suppress(ValueError, OSError):
+        found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, KeyError, ValueError):
+        found = [1024 * _numbers(MEMINFO)["MemAvailable:"]]
+    # Without a limit the file says "max", which is no number.
+    with suppress(OSError, KeyError, ValueError):
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used + _numbers(CGROUP / "memory.stat")["file"])
+    return max(0, min(found))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first number of every line of a file of the system, by its first word."""
+    return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}

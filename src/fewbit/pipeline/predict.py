@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from fewbit.formats import GroupFormat, get_format, group_format
-from fewbit.math.rounding import CHUNK_WEIGHTS, inverse_factor, quantize_rotated
+from fewbit.math.rounding import inverse_factor, quantize_rotated
 from fewbit.pipeline.calibrate import WINDOWS_PER_BATCH, bfloat16_products
 from fewbit.pipeline.descent import WINDOWS_PER_STEP
 from fewbit.pipeline.learn import weight_bytes
-from fewbit.pipeline.memory import activation_bytes, computed_again
+from fewbit.pipeline.memory import activation_bytes, computed_again, rounding_bytes
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.tune_layers import EPOCHS, LEARNED
 from fewbit.resident import resident_bytes
@@ -27,7 +27,6 @@ SAMPLE_ROWS, SAMPLE_COLS = 256, 512
 SAMPLE_TOKENS, SAMPLE_SIDE = 1024, 2048
 REPEATS = 5
 PRODUCT_SHARE = 0.5  # of the time of what is counted as products; fitted to benchmarks/cost.py with AVX2
-COPIES_WHILE_ROUNDING = 6  # source, rotated, fed-back, values, errors and codes, in float32 each at most
 
 
 def predict(plan: Plan, windows: torch.Tensor | None) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
         if tensor.kind == "body":
             layer = tensor.shared_input.partition(".")[0]
             layers[layer] = layers.get(layer, 0) + 4 * tensor.weights
-    rounding = max((4 * COPIES_WHILE_ROUNDING * _chunk_weights(tensor) for tensor in plan.quantized), default=0)
+    rounding = max(map(rounding_bytes, plan.quantized), default=0)
     hidden = 0
     hessian = 0
     if windows is not None:
@@ -102,10 +101,6 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
             kept += weight_bytes(plan)
         return int(present + 1.5 * whole + (kept / len(layers) if computed_again(kept) else kept))
     return int(present + hidden + max(largest_layer, table_bytes) + hessian + rounding)
-
-
-def _chunk_weights(tensor: PlannedTensor) -> int:
-    return min(tensor.weights, max(CHUNK_WEIGHTS, 16 * tensor.shape[1]))
 
 
 def _factor_bytes(tensor: PlannedTensor) -> int:

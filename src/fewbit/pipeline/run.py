@@ -21,7 +21,7 @@ from fewbit.checkpoint.store import disk_errors
 from fewbit.errors import UsageError
 from fewbit.pipeline.allocate import Choice, allocate, check_budget
 from fewbit.pipeline.descent import descent_windows
-from fewbit.pipeline.executors import check_executor, make_executor
+from fewbit.pipeline.executors import Executor, check_executor, choose_executor, make_executor
 from fewbit.pipeline.finish import finish
 from fewbit.pipeline.learn import Learner
 from fewbit.pipeline.options import QuantizeOptions
@@ -53,13 +53,15 @@ class QuantizeResult:
 
     `mean_relative_error` is the mean over tensors of |W - W^|^2 / |W|^2; `unseen` names the tensors that no
     calibration token reached (experts that were never chosen), which were rounded under a neutral prior; a `resumed`
-    run went on with what an earlier process had begun, whose `seconds` are not counted;
+    run went on with what an earlier process had begun, whose `seconds` are not counted; `peak_memory_bytes` counts
+    workers on this machine;
     `tuning_gain` is the divergence on held-out calibration windows before and after tuning, in nats.
     """
 
     output: str
     seconds: float
     peak_memory_bytes: int
+    executor: str
     bits_per_weight: dict[str, float]
     bytes: int
     mean_relative_error: float
@@ -77,7 +79,8 @@ class Placement:
     """Where and how a run works; nothing here changes a byte of the result.
 
     `work` is the directory for what is not finished (None: beside the output), `executor` and `workers` say
-    where tensors are rounded, `fresh` starts again and replaces an existing output.
+    where tensors are rounded, `fresh` starts again and replaces an existing output. "auto" may start processes, so a
+    script that asks for it, or for "process", needs the usual `if __name__ == "__main__":`.
     """
 
     work: Path | None = None
@@ -88,6 +91,10 @@ class Placement:
 
     def __post_init__(self) -> None:
         check_executor(self.executor, self.workers, self.ray_address)
+
+    def make_executor(self, plan: Plan) -> Executor:
+        """The executor for a plan."""
+        return make_executor(*choose_executor(self.executor, self.workers, plan), self.ray_address)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ def choose_bits(
     check_budget([sizes[unit] for unit in free], budget)
     earlier = None if placement.fresh else earlier_plan(work)
     open_work(work, plan, {}, placement.fresh or (earlier is not None and earlier.identity != plan.identity))
-    executor = make_executor(placement.executor, placement.workers, placement.ray_address)
+    executor = placement.make_executor(plan)
     logged = Logged(progress, work / "log.jsonl")
     try:
         with torch.no_grad(), disk_errors(work):
@@ -259,7 +266,7 @@ def _quantize(
     ]
     check_space(work, output, plan, *tokens)
     open_work(work, plan, {"prediction": predict(plan, windows)}, placement.fresh, ("sensitivity",))
-    executor = make_executor(placement.executor, placement.workers, placement.ray_address)
+    executor = placement.make_executor(plan)
     logged = Logged(progress, work / "log.jsonl")
     try:
         with torch.no_grad(), disk_errors(work):
@@ -286,7 +293,8 @@ def _quantize(
     return QuantizeResult(
         output=str(output),
         seconds=round(time.monotonic() - started, 2),
-        peak_memory_bytes=peak_resident_bytes(),
+        peak_memory_bytes=peak_resident_bytes() + executor.peak_bytes,
+        executor=executor.name,
         bits_per_weight=totals["bits_per_weight"],
         bytes=totals["bytes"],
         mean_relative_error=sum(errors) / len(errors) if errors else 0.0,
