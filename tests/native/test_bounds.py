@@ -62,6 +62,8 @@ def rotate_quantize(tokens, cols, block, group):
         call(native.rotate_quantize, given, signs, block, group, 8, *found, weight, results=(5, 6, 7))
         call(native.rms_norm_rotate_quantize, given, weight, 1e-5, signs, block, group, 4, *found, results=(7, 8, 9))
         call(native.gated_rotate_quantize, given, given, "silu", signs, block, group, 8, *found, results=(7, 8, 9))
+    call(native.round_groups, x, group, 4, empty(tokens, cols), results=(3,))
+    call(native.round_groups_back, x, x[::-1].copy(), group, 8, empty(tokens, cols), results=(4,))
 
 def multiply(q, scale, sums, codes, scales, tables, bias, out, cols, bits, code):
     matrix = native.Matrix(codes, scales, 0.5, tables, bias, cols, bits, code)

@@ -226,8 +226,3 @@ void fold(const AttentionJob& job, const float* states, int64_t stride, int64_t 
         }
     finish(job, scratch);
 }
-
-template <class V>
-constexpr FloatKernels float_kernels_of() {
-    return {dense<V>, rms_norm<V>, add<V>, gate<V>, rope<V>, attend<V>, fold<V>};
-}

@@ -74,6 +74,16 @@ struct AttentionJob {
     int64_t first, last;
 };
 
+// Rows of values [rows, cols] rounded to integers times a scale per group, or a gradient on its way back through that.
+struct GroupJob {
+    const float* x;
+    const float* gradient;                        // of the rounded values; null on the way there
+    float* out;
+    int64_t cols;
+    int group;                                    // a multiple of 32, at most kMaxGroup
+    float whole, low, high;                       // the integer of the value that sets the scale, and the range of all
+};
+
 // What a thread needs while it attends.
 struct alignas(64) AttentionScratch {
     float keys[kMaxHead * kCacheChunk];
@@ -96,6 +106,9 @@ struct FloatKernels {
     void (*attend)(const AttentionJob& job, AttentionScratch& scratch);
     // Folds `count` states [tokens * group, dim + 2], one after the other, `stride` floats apart, into job.out.
     void (*fold)(const AttentionJob& job, const float* states, int64_t stride, int64_t count, AttentionScratch& scratch);
+    // One row each.
+    void (*round_groups)(const GroupJob& job, int64_t row);
+    void (*round_groups_back)(const GroupJob& job, int64_t row);
 };
 
 extern const FloatKernels kPortableFloats;

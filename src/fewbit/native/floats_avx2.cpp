@@ -11,6 +11,8 @@ constexpr int kLanes = 8;
 #include "float_vectors.hpp"
 #include "float_kernels.hpp"
 #include "attention.hpp"
+#include "group_rounding.hpp"
+#include "float_table.hpp"
 
 }  // namespace
 

@@ -13,6 +13,8 @@ constexpr int kLanes = 16;
 #include "float_vectors.hpp"
 #include "float_kernels.hpp"
 #include "attention.hpp"
+#include "group_rounding.hpp"
+#include "float_table.hpp"
 
 }  // namespace
 

@@ -10,7 +10,7 @@ from torch import nn
 from fewbit.formats import get_format
 from fewbit.formats.twinquant import TwinQuant
 from fewbit.math.hadamard import rotate
-from fewbit.math.inputs import straight_through
+from fewbit.math.straight_through import straight_through
 from fewbit.pipeline.calibrate import full_precision
 from fewbit.pipeline.jobs import Shard, tensor_signs
 from fewbit.pipeline.plan import PlannedTensor

@@ -23,9 +23,9 @@ from fewbit.checkpoint.source import Source
 from fewbit.checkpoint.store import write_json, write_tensors
 from fewbit.formats.base import TensorSpec
 from fewbit.math.hadamard import rotate
-from fewbit.math.inputs import straight_through
 from fewbit.math.lowrank import INITS, balanced, leading_directions
 from fewbit.math.manifolds import MOST_CONDITION, Invertible, Orthogonal
+from fewbit.math.straight_through import straight_through
 from fewbit.models import Family, get_family
 from fewbit.pipeline.calibrate import LayerStream, full_precision
 from fewbit.pipeline.descent import WINDOWS_PER_STEP, Descent
