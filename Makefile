@@ -32,7 +32,7 @@ lint: $(STAMP)  ## Check style and types
 
 test: lint  ## Check style and types, then run the fast tests
 	@sh scripts/browser.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(STAMP)  ## Run the tests on the real model (fetched once, some 100 MB)
 	$(BIN)/python -m pytest -q -m slow

@@ -147,7 +147,7 @@ def test_smoothing_changes_nothing_but_the_axes_and_balances_them(wide_dir, cali
 
 def test_learning_gains_keeps_rotations_orthogonal_and_leaves_an_equivalent_model(tied_dir, calibration_text, tmp_path):
     source = open_source(tied_dir)
-    chosen = options(act_bits=4, learn=True, learn_steps=48)
+    chosen = options(act_bits=4, learn=True, learn_steps=16)
     quantize(tied_dir, tmp_path / "out", chosen, [calibration_text])
     artifact = Artifact.open(tmp_path / "out")
     learning = artifact.record["learning"]
@@ -212,12 +212,12 @@ def test_learning_takes_weights_and_inputs_of_which_nothing_is_left(nothing):
 
 def test_learning_moves_what_stays_in_16_bits_with_the_axes(tiny_models, calibration_text, tmp_path):
     directory = wide(tmp_path, tiny_models["tied"], False, inner=584)
-    chosen = replace(options(act_bits=16, learn=True, learn_steps=16), calib_tokens=1024)
+    chosen = replace(options(act_bits=16, learn=True, learn_steps=2), calib_tokens=1024)
     quantize(directory, tmp_path / "out", chosen, [calibration_text])
     artifact = Artifact.open(tmp_path / "out")
     assert not any(name.endswith("down_proj") for name in artifact.modules)
     # Far from it, where some matrices are on the new axes and those that stay are not.
-    assert artifact.record["learning"]["history"][0]["held"] < 0.07
+    assert all(look["held"] < 0.07 for look in artifact.record["learning"]["history"])
 
 
 @pytest.mark.parametrize("rank", [0, 30])
@@ -240,7 +240,7 @@ def test_tuning_follows_the_quantized_model_and_what_is_stored_computes_what_was
     found = {}
     for tune in (False, True):
         out = tmp_path / str(tune)
-        chosen = options(act_bits=act_bits, tune=tune, tune_steps=32 * tune)
+        chosen = options(act_bits=act_bits, tune=tune, tune_steps=8 * tune)
         result = quantize(wide_dir, out, chosen, [calibration_text])
         found[tune] = distance(wide_dir, out, calibration_text)
         assert [problem for _, problem in Artifact.open(out).verify(open_source(wide_dir)) if problem] == []
@@ -367,7 +367,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_reported(
             layer.mlp.gate.weight.copy_(torch.stack([one, -one, two, -two, torch.zeros_like(one)]))
     model.save_pretrained(tmp_path / "model")
     copy_tokenizer(tiny_models["tied"], tmp_path / "model")
-    chosen = options(act_bits=8, learn=learn, learn_steps=16 if learn else 0, calib_tokens=1024)
+    chosen = options(act_bits=8, learn=learn, learn_steps=2 * learn, calib_tokens=1024)
     result = quantize(tmp_path / "model", tmp_path / "out", chosen, [calibration_text])
     assert sorted({name.split(".experts.")[1].partition(".")[0] for name in result.unseen}) == ["4"]
     artifact = Artifact.open(tmp_path / "out")
