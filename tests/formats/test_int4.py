@@ -5,8 +5,9 @@ import torch
 
 from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.formats import get_format
-from fewbit.formats.int4 import LEAST, MOST, pack_nibbles, unpack_nibbles
+from fewbit.formats.int4 import LEAST, MOST, best_scales, best_scales_reference, pack_nibbles, unpack_nibbles
 from fewbit.math.rounding import quantize_rotated
+from fewbit.ops.extension import load_native
 
 
 @pytest.mark.parametrize(("rows", "group"), [(1, 32), (16, 64), (37, 128)])
@@ -40,6 +41,33 @@ def test_searched_scales_lose_less_than_those_of_the_largest_magnitude():
     step = grouped.abs().amax(2, keepdim=True) / MOST
     plain = float(((grouped / step).round() * step - grouped).square().sum() / weight.square().sum())
     assert found < 0.0096 < 0.0130 < plain
+
+
+def squared_error(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What each row loses when it is rounded with its scale, float32 `[N]`."""
+    step = torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
+    return ((weight / step).round().clamp(LEAST, MOST) * scales[:, None] - weight).square().sum(1)
+
+
+@pytest.mark.skipif(load_native() is None, reason="no native code here")
+@pytest.mark.parametrize("group", [32, 96, 128])
+def test_native_code_finds_the_scales_of_the_reference(group):
+    native = load_native()
+    weight = torch.randn(70, 2 * group, generator=torch.Generator().manual_seed(3))[:, :group]
+    weight[3] = 0.0
+    weight[4, :2] = torch.tensor([-7.0, 6.0])
+    expected = best_scales_reference(weight)
+    usual = native.isa()
+    try:
+        for isa in native.available_isas():
+            native.select_isa(isa)
+            found = best_scales(weight)
+            # Of two clips that lose as much, to rounding, either will do.
+            assert float(torch.isclose(found, expected, rtol=1e-6).float().mean()) > 0.95
+            torch.testing.assert_close(squared_error(weight, found), squared_error(weight, expected))
+            assert found[3] == 0.0
+    finally:
+        native.select_isa(usual)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -8,7 +8,16 @@ import torch
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.formats import get_format, group_format_names
 from fewbit.math.hadamard import random_signs
-from fewbit.math.rounding import decoded_error, inverse_factor, quantize_matrix, quantize_rotated, round_in_chunks
+from fewbit.math.rounding import (
+    decoded_error,
+    inverse_factor,
+    quantize_matrix,
+    quantize_rotated,
+    round_in_chunks,
+    round_integers,
+    round_integers_reference,
+)
+from fewbit.ops.extension import load_native
 
 CASES = [(name, bits) for name in group_format_names() for bits in get_format(name).bits]
 
@@ -100,6 +109,39 @@ def test_one_row_is_not_changed_in_place():
     before = weight.clone()
     round_in_chunks(weight, inverse_factor(_hessian(32)), 1, lambda start, columns: torch.round(columns))
     assert torch.equal(weight, before)
+
+
+@pytest.fixture(params=[] if load_native() is None else load_native().available_isas())
+def isa(request):
+    """Runs a test with each instruction set."""
+    native = load_native()
+    usual = native.isa()
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa(usual)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("rows", "group"), [(1, 32), (16, 96), (37, 128), (50, 256)])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_native_rounding_gives_the_integers_of_the_reference(rows, group, feedback):
+    factor = inverse_factor(_hessian(group)) if feedback else None
+    weight = _random(8, rows, 2 * group)[:, :group]  # not contiguous, as a group of a matrix is
+    step = weight.abs().amax(1, keepdim=True) / -8
+    step[rows // 2] = 0.0
+    codes, values, error = round_integers(weight, step, -8, 7, factor)
+    expected, exact, lost = round_integers_reference(weight, step, -8, 7, factor)
+    # Where sums end a hair from the half between two integers, either is right, and what follows is another path.
+    assert float((codes == expected).float().mean()) > 0.98
+    assert torch.equal(values, codes * step)
+    if factor is None:
+        assert error is lost is None
+        assert torch.equal(codes, expected)
+    else:
+        torch.testing.assert_close(error @ factor, weight - values, rtol=0, atol=1e-4)
+        hessian = _hessian(group)
+        mine, theirs = _proxy_loss(weight - values, hessian), _proxy_loss(weight - exact, hessian)
+        assert mine == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "bits"), CASES)

@@ -106,10 +106,20 @@ def trellis_encode_streams(streams, steps, bits):
     call(native.trellis_encode_streams, random.integers(-9999, 9999, (streams, steps), np.int16),
          random.integers(-9999, 9999, 4096, np.int16), bits, empty(streams, steps, dtype=np.uint8), results=(3,))
 
+def round_columns(rows, group):
+    weight, steps = random.standard_normal((rows, group), np.float32), np.full(rows, 0.3, np.float32)
+    call(native.best_scales, weight, np.array([1.0, 0.9], np.float32), -8, 7, empty(rows), results=(4,))
+    for factor in (None, np.eye(group, dtype=np.float32)):
+        error = None if factor is None else empty(rows, group)
+        call(native.round_columns, weight, steps, -8, 7, factor, empty(rows, group, dtype=np.int8), empty(rows, group),
+             error, results=(5, 6) if factor is None else (5, 6, 7))
+
 if sys.argv[1] == "leave":
     codes = guarded(codes_of(16, 64, 3))
     native.trellis_dequantize(np.lib.stride_tricks.as_strided(codes, (2, 384)), empty(32, 1), load_tables(3)[0], 3, 64,
                               empty(32, 64))
+for rows, group in ((1, 32), (16, 96), (21, 256)):
+    round_columns(rows, group)
 for cols, block, group in ((32, 32, 32), (192, 64, 192), (512, 256, 256), (512, 256, 128), (192, 1, 64)):
     rotate_quantize(3, cols, block, group)
 for bits in (2, 3, 4):

@@ -12,6 +12,7 @@ from fewbit.errors import UnsupportedShape, UsageError
 from fewbit.formats.base import EncodedGroup, GroupFormat, Layout, TensorSpec, register
 from fewbit.math.hadamard import MIN_BLOCK, rotation_block
 from fewbit.math.rounding import round_integers
+from fewbit.ops.extension import load_native
 from fewbit.torch_later import torch
 
 ROW_GROUP = 16
@@ -44,6 +45,16 @@ def best_scales(weight: torch.Tensor) -> torch.Tensor:
     It has the sign that turns the value of the largest magnitude into -8, so that all sixteen levels are used: a tenth
     less error on Gaussian weights than with levels from -7 to 7.
     """
+    native = load_native()
+    if native is None:
+        return best_scales_reference(weight)
+    scales = torch.empty(weight.shape[0])
+    native.best_scales(weight.contiguous(), torch.tensor(CLIPS), LEAST, MOST, scales)
+    return scales
+
+
+def best_scales_reference(weight: torch.Tensor) -> torch.Tensor:
+    """The same in operations of torch."""
     extreme = weight.gather(1, weight.abs().argmax(1, keepdim=True))[:, 0] / LEAST
     best = torch.full_like(extreme, torch.inf)
     chosen = extreme

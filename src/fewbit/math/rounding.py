@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fewbit.errors import FewbitError, NonFiniteWeights, UsageError
 from fewbit.math.hadamard import rotate
+from fewbit.ops.extension import load_native
 from fewbit.torch_later import torch
 
 if TYPE_CHECKING:
@@ -167,6 +168,20 @@ def round_integers(
     `weight` is float32 `[rows, group]`, `step` float32 `[rows, 1]` (0: all integers are 0). Returns the integers, int8
     in `least`..`most`, the values `integers * step`, and the feedback of `round_in_chunks` (None without a factor).
     """
+    native = load_native()
+    if native is None:
+        return round_integers_reference(weight, step, least, most, factor)
+    codes, values = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape)
+    error = None if factor is None else torch.empty(weight.shape)
+    inside = None if factor is None else factor.contiguous()
+    native.round_columns(weight.contiguous(), step.view(-1), least, most, inside, codes, values, error)
+    return codes, values, error
+
+
+def round_integers_reference(
+    weight: torch.Tensor, step: torch.Tensor, least: int, most: int, factor: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same in operations of torch."""
     inverse = torch.where(step != 0, 1.0 / step, torch.zeros_like(step))
     codes = torch.empty_like(weight, dtype=torch.int8)
 

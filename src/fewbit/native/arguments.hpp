@@ -65,6 +65,7 @@ void require_rotation(int64_t cols, const std::optional<Signs>& signs, int block
 
 // Parts of the module.
 void bind_rotate(nb::module_& m);
+void bind_rounding(nb::module_& m);
 void bind_product(nb::module_& m);
 void bind_memory(nb::module_& m);
 void bind_gram(nb::module_& m);

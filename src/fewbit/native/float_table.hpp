@@ -2,6 +2,6 @@
 
 template <class V>
 constexpr FloatKernels float_kernels_of() {
-    return {dense<V>, rms_norm<V>,     add<V>, gate<V>, rope<V>, attend<V>, fold<V>,
-            round_groups<V>, round_groups_back<V>};
+    return {dense<V>, rms_norm<V>, add<V>, gate<V>, rope<V>, attend<V>, fold<V>,
+            round_groups<V>, round_groups_back<V>, best_scale<V>, round_columns<V>};
 }

@@ -84,6 +84,31 @@ struct GroupJob {
     float whole, low, high;                       // the integer of the value that sets the scale, and the range of all
 };
 
+constexpr int kRoundedRows = 16;                  // rows that are rounded side by side
+
+// One scale group of columns to integers low..high, column by column with error feedback where there is a factor.
+struct ColumnsJob {
+    const float* weight;                          // [rows, group]
+    const float* steps;                           // [rows], weight per integer
+    const float* factor;                          // [group, group] upper triangular, or null
+    int8_t* codes;                                // [rows, group]
+    float* values;                                // [rows, group], codes * steps
+    float* error;                                 // [rows, group] with error U = weight - values, null without U
+    int64_t rows;
+    int group;                                    // at most kMaxGroup
+    float low, high;
+};
+
+// The scale of each row that loses least in squares, among clips of the one that makes the extreme value `whole`.
+struct ScaleJob {
+    const float* weight;                          // [rows, group]
+    const float* clips;                           // [count]
+    float* scales;                                // [rows]
+    int group;                                    // a multiple of 32, at most kMaxGroup
+    int count;
+    float whole, low, high;
+};
+
 // What a thread needs while it attends.
 struct alignas(64) AttentionScratch {
     float keys[kMaxHead * kCacheChunk];
@@ -109,6 +134,9 @@ struct FloatKernels {
     // One row each.
     void (*round_groups)(const GroupJob& job, int64_t row);
     void (*round_groups_back)(const GroupJob& job, int64_t row);
+    void (*best_scale)(const ScaleJob& job, int64_t row);
+    // kRoundedRows rows.
+    void (*round_columns)(const ColumnsJob& job, int64_t block);
 };
 
 extern const FloatKernels kPortableFloats;

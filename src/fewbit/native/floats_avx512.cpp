@@ -14,6 +14,7 @@ constexpr int kLanes = 16;
 #include "float_kernels.hpp"
 #include "attention.hpp"
 #include "group_rounding.hpp"
+#include "column_rounding.hpp"
 #include "float_table.hpp"
 
 }  // namespace

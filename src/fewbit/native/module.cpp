@@ -143,6 +143,7 @@ NB_MODULE(_native, m) {
     m.def("trellis_dequantize", &dequantize, "codes"_a.noconvert(), "scales"_a.noconvert(), "tables"_a.noconvert(),
           "bits"_a, "group"_a, "out"_a.noconvert(), "Fill out float32 [N, K] with the weights that codes stand for.");
     bind_rotate(m);
+    bind_rounding(m);
     bind_product(m);
     bind_memory(m);
     bind_gram(m);

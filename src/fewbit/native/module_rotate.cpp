@@ -4,7 +4,6 @@
 #include <nanobind/stl/string.h>
 
 #include "cpu.hpp"
-#include "floats.hpp"
 #include "rotate.hpp"
 #include "threads.hpp"
 
@@ -94,35 +93,6 @@ void gated_rotate_quantize(const Floats& gate, const Floats& up, const std::stri
     rotate(job, static_cast<int64_t>(gate.shape(0)));
 }
 
-// A job over rows of values, checked.
-GroupJob group_job(const Array<const float, 2>& x, int group, int bits, const Array<float, 2>& out) {
-    const int64_t rows = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
-    require_rotation(cols, std::nullopt, 1, group);
-    require(bits == 8 || bits == 4, "values are rounded to 8 or 4 bits, not " + std::to_string(bits));
-    require_shape("out", out, rows, cols);
-    const GroupJob job{x.data(), nullptr, out.data(), cols, group, 127.0f, -127.0f, 127.0f};
-    return bits == 8 ? job : GroupJob{x.data(), nullptr, out.data(), cols, group, -8.0f, -8.0f, 7.0f};
-}
-
-void round_groups(const Array<const float, 2>& x, int group, int bits, const Array<float, 2>& out) {
-    const GroupJob job = group_job(x, group, bits, out);
-    const int64_t rows = static_cast<int64_t>(x.shape(0));
-    nb::gil_scoped_release release;
-    const FloatKernels& use = float_kernels();
-    run(threads_for(rows * job.cols, kTokenWork), rows, [&](int64_t row, int) { use.round_groups(job, row); });
-}
-
-void round_groups_back(const Array<const float, 2>& x, const Array<const float, 2>& gradient, int group, int bits,
-                       const Array<float, 2>& out) {
-    GroupJob job = group_job(x, group, bits, out);
-    const int64_t rows = static_cast<int64_t>(x.shape(0));
-    require_shape("gradient", gradient, rows, job.cols);
-    job.gradient = gradient.data();
-    nb::gil_scoped_release release;
-    const FloatKernels& use = float_kernels();
-    run(threads_for(rows * job.cols, kTokenWork), rows, [&](int64_t row, int) { use.round_groups_back(job, row); });
-}
-
 }  // namespace
 
 void bind_rotate(nb::module_& m) {
@@ -139,12 +109,6 @@ void bind_rotate(nb::module_& m) {
           "signs"_a.noconvert().none(), "block"_a, "group"_a, "bits"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
           "sums"_a.noconvert(), "shift"_a.noconvert() = nb::none(),
           "rotate_quantize of activation(gate) * up, the activation silu or gelu_tanh.");
-    m.def("round_groups", &round_groups, "x"_a.noconvert(), "group"_a, "bits"_a, "out"_a.noconvert(),
-          "Fill out [T, K] with what rotate_quantize's integers and scales of x float32 [T, K], not rotated, stand for.");
-    m.def("round_groups_back", &round_groups_back, "x"_a.noconvert(), "gradient"_a.noconvert(), "group"_a, "bits"_a,
-          "out"_a.noconvert(),
-          "Fill out [T, K] with a gradient's way back through round_groups, the integers held still and each scale "
-          "moving with the value that sets it.");
 }
 
 }  // namespace fewbit
