@@ -44,6 +44,7 @@ CHECKPOINTS = {
 TYPES = ("Q4_K_M", "Q4_0", "IQ3_S")
 TORCH = {"bfloat16": 16, "int8": 8, "int4": 4}  # bits of the weights
 PROMPT, GENERATED = 512, 64
+LIMITS = ("bandwidth_share", "read_bytes_per_second", "arithmetic_share", "operations_per_second")
 PIECE = "The history of the town begins "
 
 
@@ -94,8 +95,7 @@ def fewbit_speeds(path: Path, threads: int) -> dict[str, float]:
     return {
         "prefill": report["prefill"][0]["tokens_per_second"],
         "decode": report["decode"][0]["tokens_per_second"],
-        "bandwidth_share": report["bandwidth_share"],
-        "read_bytes_per_second": report["read_bytes_per_second"],
+        **{key: report[key] for key in LIMITS},
     }
 
 

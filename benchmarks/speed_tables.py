@@ -10,6 +10,12 @@ from typing import Any
 from markdown_table import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SHARES = {  # of the machine's limits, and their columns
+    "bandwidth_share": "share of memory bandwidth",
+    "arithmetic_share": "prompt's share of arithmetic",
+}
+# The machine's own speeds: their units, the units' names and decimals.
+SPEEDS = {"read_bytes_per_second": (1e9, "GB/s", 1), "operations_per_second": (1e12, "TOP/s", 2)}
 PLACES = {"memory": 1, "cache": 1, "many": 2}  # where kernels are compared with peers, and the decimals of speeds there
 
 
@@ -126,6 +132,7 @@ def peers_note(report: dict[str, Any]) -> str:
 def end_to_end() -> str:
     """Whole models: tokens per second of decoding and of a prompt."""
     report = json.loads((RESULTS / "end_to_end.json").read_text())
+    shares = {key: name for key, name in SHARES.items() if any(key in row for row in report["rows"])}
     lines = []
     for row in report["rows"]:
         memory = "start_seconds" in row
@@ -136,13 +143,13 @@ def end_to_end() -> str:
                 str(row["threads"]),
                 f"{row['decode']['median']:.1f}",
                 f"{row['prefill']['median']:.0f}",
-                f"{100 * row['bandwidth_share']['median']:.0f} %" if "bandwidth_share" in row else "",
+                *(f"{100 * row[key]['median']:.0f} %" if key in row else "" for key in shares),
                 f"{row['start_seconds']:.1f} s" if memory else "",
                 f"{row['peak_memory_bytes'] / 1e6:.0f} / {row['file_bytes'] / 1e6:.0f} MB" if memory else "",
             ]
         )
     header = ["model", "program and type", "threads", "decode", f"prompt of {report['prompt_tokens']}"]
-    header += ["share of memory bandwidth", "one token, from start", "memory / file"]
+    header += [*shares.values(), "one token, from start", "memory / file"]
     (package, version), machine = next(iter(report["versions"].items())), report["environment"]
     packed = any("int" in row["type"] for row in report["rows"] if row["program"] == "torch")
     own = ", torch's int8 and int4 by its own products of packed weights, the head too" if packed else ""
@@ -151,22 +158,33 @@ def end_to_end() -> str:
         f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}; llama.cpp from {package} "
         f"{version}, without AMX. Weights rounded to nearest, fewbit's head and embeddings in 4 bits{own}. The "
         f"share: bytes of weights that a token reads times tokens per second, beside how fast the same run of `fewbit "
-        f"bench` reads memory in huge pages{read_rates(report['rows'])}. Made by `benchmarks/end_to_end.py`.\n"
+        f"bench` reads memory in huge pages{machine_speed(report['rows'], 'read_bytes_per_second')}. "
+        f"{arithmetic_note(report['rows'])}Made by `benchmarks/end_to_end.py`.\n"
     )
     return markdown(header, lines) + note
 
 
-def read_rates(rows: list[dict[str, Any]]) -> str:
-    """For a caption: the memory's speed beside which shares stand, by threads; nothing where rows do not hold it."""
+def arithmetic_note(rows: list[dict[str, Any]]) -> str:
+    """For a caption: what the share of arithmetic is; nothing where rows do not hold it."""
+    rates = machine_speed(rows, "operations_per_second")
+    return rates and (
+        f"The share of arithmetic: operations that a prompt's products with packed weights take, two for each weight "
+        f"and token, per second, beside how many the same run does on registers with the same instructions{rates}. "
+    )
+
+
+def machine_speed(rows: list[dict[str, Any]], key: str) -> str:
+    """For a caption: the machine's speed beside which shares stand, by threads; nothing where rows do not hold it."""
+    unit, name, digits = SPEEDS[key]
     found: dict[int, list[float]] = {}
     for row in rows:
-        if "read_bytes_per_second" in row:
-            found.setdefault(row["threads"], []).append(row["read_bytes_per_second"]["median"] / 1e9)
+        if key in row:
+            found.setdefault(row["threads"], []).append(row[key]["median"] / unit)
     told = []
     for threads, rates in found.items():
-        least, most = f"{min(rates):.1f}", f"{max(rates):.1f}"
+        least, most = f"{min(rates):.{digits}f}", f"{max(rates):.{digits}f}"
         spread = least if least == most else f"{least}-{most}"
-        told.append(f"{spread} GB/s with {threads} thread{'s' if threads != 1 else ''}")
+        told.append(f"{spread} {name} with {threads} thread{'s' if threads != 1 else ''}")
     return f" ({', '.join(told)})" if told else ""
 
 
@@ -178,16 +196,20 @@ def sweep() -> str:
     report = json.loads(made.read_text())
     first, lines = report["rows"][0], []
     for row in report["rows"]:
-        most = row["read_bytes_per_second"] / row["weight_bytes_per_token"]
-        rates = [f"{cell['median']:.0f}" for kind in ("prefill", "decode") for cell in row[kind].values()]
-        lines.append([row["model"], str(row["threads"]), *rates, f"{most:.0f}"])
+        rates = {kind: [f"{cell['median']:.0f}" for cell in row[kind].values()] for kind in ("prefill", "decode")}
+        by_arithmetic = row["operations_per_second"] / row["operations_per_token"]
+        by_memory = row["read_bytes_per_second"] / row["weight_bytes_per_token"]
+        limited = [*rates["prefill"], f"{by_arithmetic:.0f}", *rates["decode"], f"{by_memory:.0f}"]
+        lines.append([row["model"], str(row["threads"]), *limited])
     header = ["model", "threads", *(f"prompt {length}" for length in first["prefill"])]
-    header += [*(f"decode, {batch}" for batch in first["decode"]), "memory's limit for 1"]
+    header += ["arithmetic's limit for prompts", *(f"decode, {batch}" for batch in first["decode"])]
+    header += ["memory's limit for 1"]
     machine = report["environment"]
     return markdown(header, lines) + (
         f"\nTokens per second, {first['type']}, of all sequences together, medians of {report['rounds']} rounds; "
-        f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}. Made by "
-        f"`benchmarks/sweep.py`.\n"
+        f"{report['generated_tokens']} tokens decoded; {machine['cpu']}, {machine['isa']}. Limits: the operations that "
+        f"the same threads do on registers, over two for each packed weight of the layers; the bytes that they read "
+        f"from memory, over those of the weights. Made by `benchmarks/sweep.py`.\n"
     )
 
 

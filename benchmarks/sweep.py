@@ -1,5 +1,5 @@
-"""Measures fewbit's decoder by prompt length, by sequences that decode together, and by threads, beside what the memory
-allows: one reading of the weights per step.
+"""Measures fewbit's decoder by prompt length, by sequences that decode together, and by threads, beside what the
+machine's memory allows (one reading of the weights per step) and its arithmetic (one product with each per token).
 
 Rounds go through all settings in turn, so that what disturbs the machine disturbs all alike, and medians count.
 """
@@ -23,6 +23,7 @@ TYPE = "itq3_s 3 bits"
 PROMPTS = (32, 128, 512, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32)
 GENERATED = 32
+SPEEDS = ("read_bytes_per_second", "operations_per_second")  # the machine's own
 
 
 def measured(path: Path, threads: int) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def main() -> None:
             "type": TYPE,
             "prefill": medians(found, "prefill", "prompt_tokens"),
             "decode": medians(found, "decode", "batch"),
-            "weight_bytes_per_token": found[0]["weight_bytes_per_token"],
-            "read_bytes_per_second": statistics.median(one["read_bytes_per_second"] for one in found),
+            **{key: found[0][key] for key in ("weight_bytes_per_token", "operations_per_token")},
+            **{key: statistics.median(one[key] for one in found) for key in SPEEDS},
         }
         for (model, threads), found in rounds.items()
     ]

@@ -17,7 +17,15 @@ from rich.console import Console
 
 from fewbit.chat import Chat, typed_lines
 from fewbit.errors import UsageError
-from fewbit.runtime.bench import BenchSettings, bandwidth_share, bytes_per_token
+from fewbit.runtime import bench, decoder
+from fewbit.runtime.bench import (
+    BenchSettings,
+    Operations,
+    arithmetic_share,
+    bandwidth_share,
+    bytes_per_token,
+    packed_operations,
+)
 from fewbit.runtime.engine import Engine
 from fewbit.runtime.sampling import SamplingParams
 
@@ -106,9 +114,35 @@ def test_bench_prints_the_promised_keys(run, checkpoint):
     assert all(entry["tokens_per_second"] > 0 for entry in report["prefill"] + report["decode"])
     assert (report["threads"], bool(report["isa"])) == (1, True)
     assert report["bandwidth_share"] > 0
+    assert Operations(report["operations_per_token"], report["operations_per_logits"]) == packed_operations(checkpoint)
+    assert report["operations_per_second"] > 0
+    assert report["arithmetic_share"] > 0
     code, stdout, _ = run("bench", checkpoint, *sizes)
     assert code == 0
     assert "decoding, 3 together" in stdout
+    assert "% of the memory's" in stdout
+    assert "% of the processor's" in stdout
+
+
+def run_small(path: Path) -> dict:
+    return bench.run_bench(path, BenchSettings((8,), (1,), 2, 1), 1, "bf16", lambda done, total: None)
+
+
+ARITHMETIC = ("operations_per_token", "operations_per_logits", "operations_per_second", "arithmetic_share")
+
+
+def test_the_arithmetic_is_unknown_without_native_code_and_no_limit_for_weights_of_16_bits(
+    run, checkpoint, tiny_models, monkeypatch
+):
+    report = run_small(tiny_models["tied"])
+    assert [report[key] for key in ARITHMETIC] == [None, None, report["operations_per_second"], None]
+    assert report["operations_per_second"] > 0
+    for module in (bench, decoder):
+        monkeypatch.setattr(module, "load_native", lambda: None)
+    report = run_small(checkpoint)
+    assert [report[key] for key in ARITHMETIC] == [None] * 4
+    printed = run("bench", checkpoint, "--prompt-tokens", 8, "--gen-tokens", 2, "--repeats", 1)[1]
+    assert "processor's" not in printed
 
 
 def test_the_bytes_of_a_token_leave_out_what_is_only_looked_up(tiny_models, plain):
@@ -122,6 +156,40 @@ def test_the_bytes_of_a_token_leave_out_what_is_only_looked_up(tiny_models, plai
     decode = [{"batch": 4, "tokens_per_second": 40.0}, {"batch": 2, "tokens_per_second": 30.0}]
     assert bandwidth_share(decode, 1000, 60_000.0) == 0.25
     assert bandwidth_share(decode, 1000, 0.0) is None
+
+
+def test_the_operations_of_a_token_are_two_for_each_packed_weight_that_it_meets(
+    plain, branched_dir, make_mixture, add_tokenizer, tmp_path
+):
+    from fewbit.pipeline.options import QuantizeOptions
+    from fewbit.pipeline.run import quantize
+
+    def operations(source: Path, **options) -> Operations | None:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        quantize(source, out, QuantizeOptions(rounding="nearest", **options), [])
+        return packed_operations(out)
+
+    # Two layers of hidden size 64, and a tied table of 96 rows.
+    assert packed_operations(plain) == Operations(2 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128), 2 * 96 * 64)
+    # q, o, gate, up and down have branches of rank 32; a head of its own in 16 bits is none of 8-bit products.
+    square, wide, narrow = 160 * 160, 288 * 160, 32 * 160
+    branches = 32 * (2 * (160 + 160) + 3 * (288 + 160))
+    found = operations(branched_dir, format="twinquant", head="bf16")
+    assert found == Operations(2 * 2 * (2 * square + 2 * narrow + 3 * wide + branches), 0)
+    # A token meets two of four experts; their router is no packed matrix.
+    mixture = tmp_path / "mixture"
+    make_mixture("mixtral").save_pretrained(mixture)
+    add_tokenizer(mixture)
+    attention, expert = 2 * 64 * 64 + 2 * 32 * 64, 3 * 64 * 64
+    assert operations(mixture) == Operations(2 * 2 * (attention + 2 * expert), 2 * 96 * 64)
+    assert packed_operations(branched_dir) is None
+
+
+def test_the_longest_prompt_s_share_counts_its_tokens_and_one_row_of_logits():
+    prefill = [{"prompt_tokens": 100, "tokens_per_second": 50.0}, {"prompt_tokens": 10, "tokens_per_second": 80.0}]
+    assert arithmetic_share(prefill, Operations(1000, 5000), 105_000.0) == 0.5
+    assert arithmetic_share(prefill, None, 105_000.0) is None
+    assert arithmetic_share(prefill, Operations(1000, 5000), 0.0) is None
 
 
 def chat(engine, lines, **settings) -> tuple[Chat, str]:

@@ -48,12 +48,12 @@ def test_only_the_chosen_contestants_take_part(end_to_end, monkeypatch):
     assert asked == ["itq3_s 4 bits"]
 
 
-def test_memory_s_speed_is_the_one_that_fewbit_bench_measured_in_the_same_run(end_to_end, monkeypatch):
+def test_the_machine_s_speeds_are_those_that_fewbit_bench_measured_in_the_same_run(end_to_end, monkeypatch):
     said = {"prefill": [{"tokens_per_second": 1.0}], "decode": [{"tokens_per_second": 2.0}]}
-    said |= {"bandwidth_share": 0.5, "read_bytes_per_second": 10}
-    monkeypatch.setattr(end_to_end, "fewbit", lambda *arguments: (json.dumps(said), 0.0, 0))
-    found = end_to_end.fewbit_speeds(Path("x"), 1)
-    assert found == {"prefill": 1.0, "decode": 2.0, "bandwidth_share": 0.5, "read_bytes_per_second": 10}
+    limits = {"bandwidth_share": 0.5, "read_bytes_per_second": 10}
+    limits |= {"arithmetic_share": 0.25, "operations_per_second": 20}
+    monkeypatch.setattr(end_to_end, "fewbit", lambda *arguments: (json.dumps({**said, **limits}), 0.0, 0))
+    assert end_to_end.fewbit_speeds(Path("x"), 1) == {"prefill": 1.0, "decode": 2.0, **limits}
 
 
 @pytest.mark.parametrize(("bits", "lost"), [(8, 0.01), (4, 0.13)])

@@ -133,6 +133,15 @@ def test_a_share_of_memory_s_speed_stands_beside_the_speed_it_was_measured_with_
     (tmp_path / "end_to_end.json").write_text(json.dumps(new))
     assert "(18.0-20.0 GB/s with 1 thread)" in tables.end_to_end()
     assert "torch's int8" in tables.end_to_end()
+    assert "arithmetic" not in tables.end_to_end()
+    multiplied = {"arithmetic_share": {"median": 0.421}, "operations_per_second": {"median": 2.1e11}}
+    new["rows"][0] |= multiplied
+    (tmp_path / "end_to_end.json").write_text(json.dumps(new))
+    header, _, first, second, _ = tables.end_to_end().splitlines()[:5]
+    assert "| share of memory bandwidth | prompt's share of arithmetic |" in header
+    assert "| 50 % | 42 % |" in first
+    assert "| 50 % |  |" in second
+    assert "(0.21 TOP/s with 1 thread)" in tables.end_to_end()
 
 
 def test_results_without_peers_say_how_to_get_them(tmp_path, monkeypatch):

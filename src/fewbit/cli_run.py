@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -106,7 +106,7 @@ def bench(
     kv: o.Kv = "bf16",
     json_: o.Json = False,
 ) -> None:
-    """Measure the speed of prompts and of decoding, and the share of the memory's bandwidth that decoding reaches."""
+    """Measure the speed of prompts and of decoding, and what they reach of the processor's and the memory's limits."""
     from fewbit.runtime import bench as measure
 
     settings = measure.BenchSettings(
@@ -120,13 +120,18 @@ def bench(
     rows = [[f"prompt of {entry['prompt_tokens']}", *_rate(entry)] for entry in report["prefill"]]
     rows += [[f"decoding, {entry['batch']} together", *_rate(entry)] for entry in report["decode"]]
     stdout.print(table(str(path), ["", "tokens/s", "+-"], rows))
-    share = report["bandwidth_share"]
-    stdout.print(
-        f"{report['threads']} threads, {report['isa']}, cache in {kv}"
-        + ("" if share is None else f"; decoding reads weights at {100 * share:.0f} % of the memory's "
-           f"{report['read_bytes_per_second'] / 1e9:.1f} GB/s"),
-        soft_wrap=True,
-    )  # fmt: skip
+    stdout.print("; ".join([f"{report['threads']} threads, {report['isa']}, cache in {kv}", *_shares(report)]),
+                 soft_wrap=True)  # fmt: skip
+
+
+def _shares(report: dict[str, Any]) -> Iterator[str]:
+    """What a measurement reaches of the machine's limits, as far as that is known."""
+    if report["bandwidth_share"] is not None:
+        speed = f"{report['read_bytes_per_second'] / 1e9:.1f} GB/s"
+        yield f"decoding reads weights at {100 * report['bandwidth_share']:.0f} % of the memory's {speed}"
+    if report["arithmetic_share"] is not None:
+        speed = f"{report['operations_per_second'] / 1e12:.3g} TOP/s"
+        yield f"the longest prompt multiplies at {100 * report['arithmetic_share']:.0f} % of the processor's {speed}"
 
 
 def _rate(entry: dict[str, float]) -> tuple[str, str]:

@@ -17,6 +17,8 @@ using namespace nb::literals;
 namespace fewbit {
 namespace {
 
+constexpr int64_t kMostOperations = int64_t{1} << 50;
+
 void packed_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>& input_scale,
                    const Array<const int32_t, 2>& sums, const Matrix& matrix, const Floats& out) {
     const int64_t tokens = static_cast<int64_t>(q.shape(0)), cols = matrix.cols();
@@ -160,6 +162,14 @@ void bind_product(nb::module_& m) {
     m.def("twin_linear", &twin_linear, "x"_a.noconvert(), "signs"_a.noconvert().none(), "block"_a, "act_bits"_a,
           "down"_a, "both"_a, "out"_a.noconvert(), "shift"_a.noconvert() = nb::none(),
           "rotate_quantize of x, its product h with `down` quantized, then the product of [x, h] with `both`.");
+    m.def("multiply_registers", [](int64_t operations) {
+        require(operations >= 1 && operations <= kMostOperations,
+                "operations must be 1 to 2^50, not " + std::to_string(operations));
+        nb::gil_scoped_release release;
+        return multiply_registers(operations);
+    }, "operations"_a,
+          "Multiply and add 8-bit integers on registers with all threads, to measure how fast that is: at least so many "
+          "operations, a multiplication and its addition being two. Gives how many.");
 }
 
 }  // namespace fewbit

@@ -65,6 +65,13 @@ struct PanelKernels {
     size_t scratch = 0;                                       // bytes of ProductScratch::more
 };
 
+// The dot products alone, on registers, to measure what the instruction set multiplies at most: `steps` steps of
+// `operations` each, a multiplication and its addition being two.
+struct PeakKernel {
+    int64_t operations;
+    void (*multiply)(int64_t steps);
+};
+
 struct ProductKernels {
     // Products of at most `few` tokens may read q itself, work on one row group and need no packing.
     int few;
@@ -74,6 +81,7 @@ struct ProductKernels {
     // the codes back in order first. Empty where nothing is gained by lanes.
     PanelKernels lanes;
     int64_t most_in_lanes;
+    PeakKernel peak;
     // Kernels for scale groups that are no multiple of `columns`.
     int columns = 1;
     const ProductKernels* otherwise = nullptr;

@@ -305,6 +305,34 @@ void multiply_many(const ProductJob& job, int64_t unit, ProductScratch& scratch)
     with_decoder<Signed>(job, [&](const auto& decoder) { multiply_slab<Tiles>(job, unit, decoder, scratch); });
 }
 
+// A block's four products on tiles that stay loaded.
+template <class Tiles>
+void multiply_tiles(int64_t steps) {
+    alignas(64) int8_t ones[kTileBytes];
+    alignas(64) int32_t sums[4][kTileBytes / 4];
+    __builtin_memset(ones, 1, sizeof ones);
+    Tiles tiles;
+    tiles.template zero<0>();
+    tiles.template zero<1>();
+    tiles.template zero<2>();
+    tiles.template zero<3>();
+    tiles.template load<4>(ones);
+    tiles.template load<5>(ones);
+    tiles.template load<6>(ones);
+    tiles.template load<7>(ones);
+    for (; steps > 0; --steps) {
+        tiles.template multiply<0, 4, 6>();
+        tiles.template multiply<1, 4, 7>();
+        tiles.template multiply<2, 5, 6>();
+        tiles.template multiply<3, 5, 7>();
+    }
+    tiles.template store<0, kTileRows>(sums[0]);
+    tiles.template store<1, kTileRows>(sums[1]);
+    tiles.template store<2, kTileRows>(sums[2]);
+    tiles.template store<3, kTileRows>(sums[3]);
+    __asm__ volatile("" ::"m"(sums));             // read, for all that the compiler knows
+}
+
 // Everything but the products of many tokens is AVX-512's. Made when asked for: nothing in this unit may run on
 // machines that lack AVX-512.
 template <class Tiles>
@@ -312,6 +340,7 @@ const Kernels& kernels_with(const char* name) {
     static const ProductKernels product = [] {
         ProductKernels made = kAvx512Product;
         made.panels = {kBlock, 1, kPair, pack, multiply_many<Tiles>, kPairs, sizeof(Scratch)};
+        made.peak = {4 * 2 * kTileRows * 16 * kDepth, multiply_tiles<Tiles>};
         made.columns = kDepth;
         made.otherwise = &kAvx512Product;
         return made;

@@ -24,6 +24,6 @@ struct Dots {
 }  // namespace
 
 constexpr ProductKernels kAvx2Product = {0, nullptr, panel_kernels<Narrow<Dots>>(),
-                                     panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX};
+                                     panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX, Peak<Dots>::kernel};
 
 }  // namespace fewbit

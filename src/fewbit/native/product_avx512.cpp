@@ -24,6 +24,9 @@ inline void accumulate(__m512i& sum, __m512i weights, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
 }
 
+// For all that the compiler knows, x is another one now: sums that are equal stay apart, and none is idle.
+inline void renew(__m512i& x) { __asm__ volatile("" : "+v"(x)); }
+
 constexpr int kStep = 8;                          // chunks that the decoders' unrolled loops take at once
 
 struct Wide {
@@ -141,11 +144,25 @@ void multiply_few(const ProductJob& job, int64_t row_group, ProductScratch& scra
 
 #include "lanes_avx512.hpp"
 
+constexpr int kChains = 16;                       // independent products, since each waits for the last of its own
+
+void multiply_registers(int64_t steps) {
+    __m512i sums[kChains], weights = _mm512_set1_epi8(1), x = _mm512_set1_epi8(1);
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) renew(sums[i] = _mm512_setzero_si512());
+    for (; steps > 0; --steps)
+#pragma GCC unroll 16
+        for (int i = 0; i < kChains; ++i) accumulate(sums[i], weights, x);
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) renew(sums[i]);
+}
+
 }  // namespace
 
 constexpr ProductKernels kAvx512Product = {Wide::kFew, multiply_few, panel_kernels<Wide>(),
                                        {LaneProduct::kTokens, 1, LaneProduct::kPanel, LaneProduct::pack,
                                         LaneProduct::multiply},
-                                       LaneProduct::kTokens};
+                                       LaneProduct::kTokens,
+                                       {2 * 64 * kChains, multiply_registers}};
 
 }  // namespace fewbit

@@ -22,6 +22,6 @@ struct Dots {
 }  // namespace
 
 constexpr ProductKernels kAvxVnniProduct = {0, nullptr, panel_kernels<Narrow<Dots>>(),
-                                        panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX};
+                                        panel_kernels<Lanes<Dots>>(Lanes<Dots>::pack), INT64_MAX, Peak<Dots>::kernel};
 
 }  // namespace fewbit

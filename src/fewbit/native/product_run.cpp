@@ -96,4 +96,13 @@ void multiply(ProductJob* jobs, int count, ProductMemory& memory) {
     });
 }
 
+int64_t multiply_registers(int64_t operations) {
+    const PeakKernel& peak = kernels().product->peak;
+    const int threads = num_threads();
+    const int64_t pieces = threads * kPiecesPerThread, all = pieces * peak.operations;
+    const int64_t steps = (operations + all - 1) / all;
+    parallel_for(threads, pieces, [&](int64_t, int) { peak.multiply(steps); });
+    return steps * all;
+}
+
 }  // namespace fewbit

@@ -54,4 +54,7 @@ private:
 // for packed inputs are filled in here.
 void multiply(ProductJob* jobs, int count, ProductMemory& memory);
 
+// Multiplies on registers with all threads, see PeakKernel: at least so many operations; gives how many.
+int64_t multiply_registers(int64_t operations);
+
 }  // namespace fewbit

@@ -153,6 +153,32 @@ struct Narrow {
     }
 };
 
+// The products alone: as many chains as there are registers for, since each waits for its last product.
+template <class Dots>
+struct Peak {
+    static constexpr int kChains = 12;
+
+    static void multiply(int64_t steps) {
+        __m256i sums[kChains], u = _mm256_set1_epi8(1), s = _mm256_set1_epi8(1);
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) renew(sums[i] = _mm256_setzero_si256());
+        for (; steps > 0; --steps)
+#pragma GCC unroll 12
+            for (int i = 0; i < kChains; ++i) {
+                renew(s);
+                sums[i] = Dots::accumulate(sums[i], u, s);
+            }
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) renew(sums[i]);
+    }
+
+    static constexpr PeakKernel kernel = {2 * 32 * kChains, multiply};
+
+private:
+    // For all that the compiler knows, x is another one now: no product of it is the same as before, and none is idle.
+    static void renew(__m256i& x) { __asm__ volatile("" : "+x"(x)); }
+};
+
 // The trellis in lanes (lanes.hpp), two row groups side by side.
 template <class Dots>
 struct Lanes {

@@ -29,6 +29,8 @@ from fewbit.runtime.sampling import SamplingParams, sample_rows
 
 _LEAD = 16  # tokens of the prompt that decoding is measured behind
 _READ_BYTES = 256_000_000
+_PASS_SECONDS = 0.05  # of a pass over registers, at least: beside that, waking threads takes no time
+_PASSES = 8
 _GREEDY = SamplingParams()
 USUAL_BLOCK = 256
 
@@ -64,8 +66,10 @@ def run_bench(
 ) -> dict[str, Any]:
     """What `fewbit bench --json` prints about the model at `path`.
 
-    `bandwidth_share` is the part of the memory's speed, measured in the same run with the same threads, that decoding
-    reads weights at; None where it cannot be known. `progress` takes (done, total) measurements.
+    `bandwidth_share` is the part of the memory's speed that decoding reads weights at, and `arithmetic_share` the part
+    of the processor's speed at products of 8-bit integers that the longest prompt multiplies packed weights at. Both
+    speeds are measured in the same run with the same threads. What cannot be known is None: speeds without native code,
+    and operations where packed weights do not meet native steps. `progress` takes (done, total) measurements.
     """
     check_threads(threads)
     weight_bytes = bytes_per_token(path)
@@ -78,8 +82,9 @@ def run_bench(
             report = bench(decoder, settings, progress)
         finally:
             decoder.close()
-        bandwidth = read_bandwidth()
+        bandwidth, arithmetic = read_bandwidth(), product_speed()
     native = load_native() if isinstance(decoder, NativeDecoder) else None
+    operations = packed_operations(path) if native else None
     return {
         "model": str(path),
         **report,
@@ -90,6 +95,10 @@ def run_bench(
         "weight_bytes_per_token": weight_bytes,
         "read_bytes_per_second": round(bandwidth),
         "bandwidth_share": bandwidth_share(report["decode"], weight_bytes, bandwidth),
+        "operations_per_token": operations.token if operations else None,
+        "operations_per_logits": operations.logits if operations else None,
+        "operations_per_second": round(arithmetic) if arithmetic else None,
+        "arithmetic_share": arithmetic_share(report["prefill"], operations, arithmetic),
     }
 
 
@@ -178,7 +187,25 @@ def read_bandwidth() -> float:
         return 0.0
     buffer = native.huge_bytes(_READ_BYTES)
     buffer.fill(1)
-    return _READ_BYTES / min(_timed(lambda: native.read_bytes(buffer)) for _ in range(8))
+    return _READ_BYTES / min(_timed(lambda: native.read_bytes(buffer)) for _ in range(_PASSES))
+
+
+def product_speed() -> float:
+    """Operations per second of so many threads with the instructions that native products multiply 8-bit integers by,
+    on registers, the best of several passes; a multiplication and its addition are two. 0 without native code."""
+    native = load_native()
+    if native is None:
+        return 0.0
+    wanted = 1 << 24
+    while _timed(partial(native.multiply_registers, wanted)) < _PASS_SECONDS:
+        wanted *= 2
+
+    def speed() -> float:
+        started = time.perf_counter()
+        done: int = native.multiply_registers(wanted)
+        return done / (time.perf_counter() - started)
+
+    return max(speed() for _ in range(_PASSES))
 
 
 def bytes_per_token(path: str | Path) -> int:
@@ -196,13 +223,46 @@ def bytes_per_token(path: str | Path) -> int:
         config = source.config.to_dict()
         sizes = {name: 2 * math.prod(source.shape(name)) for name in source.names()}
         tied = source.tied_embeddings
-    experts = config.get("num_experts") or config.get("num_local_experts") or 1
-    chosen = min(1.0, (config.get("num_experts_per_tok") or 1) / experts)
     total = 0.0
     for name, size in sizes.items():
         if tied or not name.endswith("embed_tokens.weight"):
-            total += size * (chosen if ".experts." in name else 1.0)
+            total += size * _use(name, config)
     return round(total)
+
+
+def _use(name: str, config: dict[str, Any]) -> float:
+    """The part of the tokens that a tensor serves: of a mixture's experts, those that are sent to one."""
+    experts = config.get("num_experts") or config.get("num_local_experts") or 1
+    return min(1.0, (config.get("num_experts_per_tok") or 1) / experts) if ".experts." in name else 1.0
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Multiplications and additions of 8-bit integers that the packed weights of a model take: for every `token` in its
+    layers, and for every token's `logits`, of which a prompt wants its last one's."""
+
+    token: int
+    logits: int
+
+
+def packed_operations(path: str | Path) -> Operations | None:
+    """Two operations for each weight of the packed matrices, low-rank branches included, and of a mixture's experts as
+    many as a token is sent to. What is kept in 16 bits and attention itself are products of floats and do not count.
+
+    None for a model that is not packed.
+    """
+    if not is_artifact(Path(path)):
+        return None
+    artifact = Artifact.open(path)
+    tied = all(entry["kind"] != "head" for entry in artifact.record["tensors"])
+    head = "embed" if tied else "head"
+    token = logits = 0.0
+    for name, module in artifact.modules.items():
+        spec = module.spec
+        count = 2 * (spec.rows * spec.cols + spec.rank * (spec.rows + spec.cols)) * _use(name, artifact.config)
+        token += count if module.kind == "body" else 0
+        logits += count if module.kind == head else 0
+    return Operations(round(token), round(logits))
 
 
 def bandwidth_share(decode: list[dict[str, Any]], weight_bytes: int, bandwidth: float) -> float | None:
@@ -211,3 +271,12 @@ def bandwidth_share(decode: list[dict[str, Any]], weight_bytes: int, bandwidth: 
         return None
     least = min(decode, key=lambda entry: entry["batch"])
     return round(least["tokens_per_second"] / least["batch"] * weight_bytes / bandwidth, 4)
+
+
+def arithmetic_share(prefill: list[dict[str, Any]], operations: Operations | None, speed: float) -> float | None:
+    """Part of the processor's `speed` at products, in operations per second, that the longest prompt multiplies at."""
+    if not speed or not operations or not prefill:
+        return None
+    longest = max(prefill, key=lambda entry: entry["prompt_tokens"])
+    per_token = operations.token + operations.logits / longest["prompt_tokens"]
+    return round(longest["tokens_per_second"] * per_token / speed, 4)
