@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -33,7 +34,17 @@ def test_the_memory_of_the_process_that_started_this_one_does_not_count():
 
 @pytest.mark.parametrize("status", [None, "Name:\tpython\n"], ids=["no file", "no such lines"])
 def test_where_the_system_tells_less_its_resource_usage_is_taken(status, tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(resident, "_PROCESSES", tmp_path)
     if status is not None:
-        (tmp_path / "status").write_text(status)
+        (tmp_path / "self").mkdir()
+        (tmp_path / "self" / "status").write_text(status)
     assert resident_bytes() == peak_resident_bytes() > 10**7
+    assert peak_resident_bytes(1) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of other processes")
+def test_the_peak_of_a_running_process_is_seen_and_of_one_that_is_not_there_nothing():
+    assert peak_resident_bytes(os.getppid()) > 0
+    assert peak_resident_bytes(os.getpid()) == peak_resident_bytes() > 1 << 20
+    # No process has the highest number that the system gives.
+    assert peak_resident_bytes((1 << 22) + 1) == 0

@@ -1,14 +1,10 @@
-"""How much memory there is to have, and what processes have had of it."""
+"""How much memory there is to have."""
 
 from __future__ import annotations
-
-import os
-import sys
 
 import pytest
 
 from fewbit.pipeline import memory
-from fewbit.resident import peak_resident_bytes
 
 GIGABYTE = 1 << 30
 
@@ -41,11 +37,3 @@ def test_a_system_that_tells_nothing_still_has_some(system, content):
     if content is not None:
         (system / "meminfo").write_text(content)
     assert memory.available_memory() > 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of other processes")
-def test_the_peak_of_a_running_process_is_seen_and_of_one_that_is_not_there_nothing():
-    assert peak_resident_bytes(os.getppid()) > 0
-    assert peak_resident_bytes(os.getpid()) == peak_resident_bytes() > 1 << 20
-    # No process has the highest number that the system gives.
-    assert peak_resident_bytes((1 << 22) + 1) == 0
