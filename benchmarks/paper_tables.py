@@ -173,7 +173,9 @@ def learning() -> str:
                 if LEARNING[-1] in stages and not resumed:
                     took = [sum(stages[stage] for stage in LEARNING if stage in stages), row["quantize_seconds"]]
                     minutes = [f"{seconds / 60:.1f} min" for seconds in took]
-                    lines.append([f"{title}, {name}", str(row["learning"]["steps"]), *minutes])
+                    # Noted by whoever ran a row on a machine that did more than that.
+                    beside = " (beside other work)" if row.get("other_work") else ""
+                    lines.append([f"{title}, {name}{beside}", str(row["learning"]["steps"]), *minutes])
                     machine = row["environment"]
                     machines.append(f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores")
     if not lines:
