@@ -8,7 +8,8 @@ NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 .DEFAULT_GOAL := help
 .PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static test-vllm
 .PHONY: test-schema test-storm test-threads fuzz lock audit wheel bench-robustness
-.PHONY: bench bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big tables clean
+.PHONY: bench bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big bench-report
+.PHONY: tables clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -88,8 +89,8 @@ bench-peers: $(STAMP)  ## The same, with llama.cpp's kernels beside them (fetche
 	@$(BIN)/python benchmarks/kernels.py --peers
 
 # As the command line sets them for itself.
-bench-quality bench-twinquant bench-big: export OMP_WAIT_POLICY = PASSIVE
-bench-quality bench-twinquant bench-big: export THP_MEM_ALLOC_ENABLE = 1
+bench-quality bench-twinquant bench-big bench-report: export OMP_WAIT_POLICY = PASSIVE
+bench-quality bench-twinquant bench-big bench-report: export THP_MEM_ALLOC_ENABLE = 1
 
 bench-quality: $(STAMP)  ## Measure what each code costs on a real model, off the grid (hours)
 	@$(BIN)/python benchmarks/quality.py
@@ -103,6 +104,10 @@ bench-speed: $(STAMP)  ## Measure whole models beside llama.cpp (fetched and bui
 
 bench-big: $(STAMP)  ## Measure memory and time on a synthetic 8B shape (long, and tens of GB of disk)
 	@$(BIN)/python benchmarks/big.py
+
+bench-report: $(STAMP)  ## Make the pictures of docs/report.md anew (needs Chromium, as the tests do)
+	@sh scripts/browser.sh
+	@$(BIN)/python benchmarks/report_pictures.py
 
 tables: $(STAMP)  ## Write the tables and the picture of the docs from benchmarks/results
 	@$(BIN)/python benchmarks/tables.py

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from browser import without_chromium
 from encode import commit
 from saving import save
 
@@ -81,6 +82,7 @@ STEPS = (
     Step("robustness.py", ("coverage",)),
     Step("robustness_interrupted.py"),
     Step("robustness_server.py"),
+    Step("report_pictures.py", quantizes=True, obstacle=without_chromium),
     Step("end_to_end.py"),
     Step("sweep.py"),
     Step("blocks.py", quantizes=True),

@@ -44,14 +44,14 @@ def work_dir(row: str, output: Path) -> Path:
     return output.with_suffix(".work") / re.sub(r"[^a-z0-9]+", "-", row.lower())
 
 
-def made(reference: Path, options: QuantizeOptions, output: Path) -> dict[str, Any]:
-    """Quantize `reference` into `output` unless that is done with these options at this commit; what the run said of
-    itself, and the seconds of its stages (those of a run that went on with another one's work are `resumed` and count
-    that part alone)."""
+def made(reference: Path, options: QuantizeOptions, output: Path, any_commit: bool = False) -> dict[str, Any]:
+    """Quantize `reference` into `output` unless that is done with these options at this commit (or at whichever); what
+    the run said of itself, and the seconds of its stages (those of a run that went on with another one's work are
+    `resumed` and count that part alone)."""
     path = output.with_suffix(".json")
     label = {"options": asdict(options), "commit": commit()}
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if {key: found.get(key) for key in label} != label:
+    if any(found.get(key) != label[key] for key in label if key == "options" or not any_commit):
         stages = Stages()
         # A checkpoint without a result is of a process that was killed between the two.
         placement = Placement(fresh=output.exists(), executor="auto")

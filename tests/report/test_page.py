@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from PIL import Image
 
 from fewbit.drawing import NARROW, WIDE
 from fewbit.report.collect import front
@@ -231,6 +232,7 @@ def test_a_strip_has_a_cell_for_every_linear_also_of_deep_models():
         svg = bits_svg(deep, "deep", frame)
         assert svg.count("<rect") == 96 * 7
         assert ">3</text>" not in svg
+        assert svg.count(">layer</text>") == 1
     assert [bits_class(bits) for bits in (2, 3, 3.25, 4, 8, 16)] == ["b2", "b3", "b3", "b4", "b8", "b16"]
 
 
@@ -337,3 +339,47 @@ def test_tables_keep_their_roles_and_their_headings_as_cards_on_a_phone(look, re
     assert table.get_by_role("columnheader").count() == 10
     assert page.evaluate("getComputedStyle(document.querySelector('.cards td'), '::before').content") == '"size"'
     assert page.get_by_role("img").count() == len([row for row in report["models"] if row["checkpoint"]]) + 7
+
+
+def test_a_column_of_names_and_its_heading_begin_at_one_line(look, report):
+    page = look(render_report(report), 1180, "light")
+    starts = """[...document.querySelectorAll('table')].map(table => ['thead th', 'tbody th'].map(cell => {
+      const range = document.createRange();
+      range.selectNodeContents(table.querySelector(cell));
+      return range.getBoundingClientRect().left; }))"""
+    found = page.evaluate(starts)
+    assert len(found) == 6
+    assert all(heading == pytest.approx(name, abs=0.5) for heading, name in found)
+
+
+def test_the_pictures_of_the_docs_are_of_whole_sections_in_all_their_colours(
+    browser, report, import_benchmark, tmp_path
+):
+    pictures = import_benchmark("report_pictures")
+    page = tmp_path / "page.html"
+    page.write_text(render_report(report), encoding="utf-8")
+    pictures.take(browser, page, tmp_path)
+    taken = {name: Image.open(tmp_path / f"report-{name}.png") for name in pictures.PARTS}
+    for name, part in pictures.PARTS.items():
+        picture = taken[name].convert("RGB")
+        assert picture.width == pictures.WIDTH * pictures.SCALE
+        assert picture.height > 500
+        ground = (255, 255, 255) if part.scheme == "light" else (20, 23, 27)
+        assert is_near(picture.getpixel((2, 2)), ground)
+    # A few dozen of a million pixels: the point of two components.
+    violet = [one for _, one in taken["quality"].convert("RGB").getcolors() if is_near(one, (124, 58, 237))]
+    assert violet
+
+
+def is_near(one: tuple, other: tuple) -> bool:
+    return all(abs(a - b) <= 8 for a, b in zip(one, other, strict=True))
+
+
+def test_the_docs_show_every_picture_that_the_script_makes(import_benchmark):
+    pictures = import_benchmark("report_pictures")
+    names = {f"report-{name}.png" for name in pictures.PARTS}
+    assert {path.name for path in pictures.IMAGES.glob("report-*.png")} == names
+    page = (pictures.ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\(images/(report-[\w-]+\.png)\)", page)) == names
+    assert all((pictures.IMAGES / name).stat().st_size < 400_000 for name in names)
+    assert all(name in page for name in pictures.CHECKPOINTS)

@@ -168,10 +168,10 @@ def bits_svg(bits: Series, of: str, frame: Frame = WIDE) -> Markup:
 
 
 def _strip_axes(strip: _Strip) -> list[str]:
-    """Kinds and some of the layers, beside the cells and above them."""
+    """Kinds and some of the layers, beside the cells and above them, and a word in the corner that says what counts."""
     across, down = strip.step[0] / 2, strip.step[1] / 2 + 4
     every = max(1, -(-len(strip.layers) // (16 if strip.upright else 20)))
-    marks = []
+    marks = [_small(46, 16, "end", "layer")]
     for index, words in [
         *((index, str(layer)) for index, layer in enumerate(strip.layers) if index % every == 0),
         *((~index, shorten(kind, 5)) for index, kind in enumerate(strip.kinds)),
