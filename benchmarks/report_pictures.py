@@ -81,7 +81,7 @@ def take(browser: Any, page: Path, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens that every model is evaluated on")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens that every model is evaluated on")
     parser.add_argument("--page", type=Path, help="take the pictures of this page, and measure nothing")
     arguments = parser.parse_args()
     if reason := without_chromium():
