@@ -126,7 +126,7 @@ def steps() -> str:
         quoted = f"{TWINQUANT[step] / TWINQUANT['']:.3f}" if step in TWINQUANT else ""
         lines.append([step, quoted, *(perplexity(ours[title], f"{width} {step}") for title, width in columns)])
     header = ["perplexity ratio", "LLaMA-3-8B, W4A4, as the paper has it", *map(", ".join, columns)]
-    return noted(markdown(header, lines), "One seed. ")
+    return noted(markdown(header, lines), "One seed, or mean and range over two. ")
 
 
 def rivals(model: str, title: str) -> str:
@@ -138,7 +138,7 @@ def rivals(model: str, title: str) -> str:
             cells = [cell(rows, f"{width} {name}") for width in WIDTHS for cell in (perplexity, divergence)]
             lines.append([name, f"{body_bits(rows[found[0]]):.3f}", *cells])
     header = [title, "bits/weight, layers", *(f"{width}, {what}" for width in WIDTHS for what in ("ratio", "KL"))]
-    return noted(markdown(header, lines), "Perplexity ratio and mean divergence, one seed. ")
+    return noted(markdown(header, lines), "Perplexity ratio and mean divergence, one seed or mean and range over two. ")
 
 
 def ranks(model: str, title: str) -> str:
@@ -154,7 +154,7 @@ def ranks(model: str, title: str) -> str:
     if len({rank for _, rank, *_ in lines}) < 2:
         return "Not measured yet: `benchmarks/twinquant.py`.\n"
     header = [title, "--rank", "bits/weight, layers", "perplexity ratio", "KL mean"]
-    return noted(markdown(header, lines), "One seed, neither learned nor tuned. ")
+    return noted(markdown(header, lines), "One seed, or mean and range over two; neither learned nor tuned. ")
 
 
 LEARNING = ("running the full model", "finding the branches", "learning the axes")

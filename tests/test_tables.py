@@ -292,7 +292,7 @@ def test_the_papers_steps_stand_beside_the_same_steps_here(tmp_path, monkeypatch
     assert header.endswith("| SmolLM2-135M, W4A4 |")
     assert naive == "| naive | 10.651 | 5.000 |"
     assert low_rank == "| low-rank | 2.279 | 3.000 † |"
-    assert others[-1].startswith("One seed. †")
+    assert others[-1].startswith("One seed, or mean and range over two. †")
     assert tables.learning().startswith("Not measured yet")
     assert tables.ranks("smollm2-135m", "S").startswith("Not measured yet")
     stages = {"running the full model": 30.0, "learning the axes": 90.0, "writing the checkpoint": 5.0}
@@ -302,4 +302,6 @@ def test_the_papers_steps_stand_beside_the_same_steps_here(tmp_path, monkeypatch
     write_rows(tmp_path / "twinquant-smollm2-135m.json", **rows)
     assert names_in(tables.learning()) == ["SmolLM2-135M, W4A4 full"]
     assert "| 7 | 2.0 min | 4.0 min |" in tables.learning()
+    write_rows(tmp_path / "twinquant-smollm2-135m.json", **{"W4A4 full": score(4.5, TWIN, **learned, other_work=True)})
+    assert names_in(tables.learning()) == ["SmolLM2-135M, W4A4 full (beside other work)"]
     assert "†" not in tables.steps()
