@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 NATIVE := CMakeLists.txt $(wildcard src/fewbit/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs lint test test-slow test-sanitize test-aarch64 test-gpu-static test-vllm
+.PHONY: help venv demo docs lint test test-slow test-sanitize test-emulated test-aarch64 test-gpu-static test-vllm
 .PHONY: test-schema test-storm test-threads fuzz lock audit wheel bench-robustness
 .PHONY: bench bench-encode bench-kernels bench-peers bench-quality bench-twinquant bench-speed bench-big bench-report
 .PHONY: tables clean
@@ -43,6 +43,9 @@ test-sanitize: $(STAMP)  ## Run the kernels' tests under AddressSanitizer and Un
 
 test-threads: $(STAMP)  ## Run the pool of threads under ThreadSanitizer, and one engine from many threads
 	$(BIN)/python -m pytest -q tests/native/test_threads.py tests/robustness/test_threads.py
+
+test-emulated: $(STAMP)  ## Run the kernels of AVX-512, AMX and AVX-VNNI on any AVX2 machine, emulated (long)
+	@sh scripts/test_emulated.sh
 
 test-aarch64: $(STAMP)  ## Run the portable kernels on emulated aarch64
 	@sh scripts/test_aarch64.sh

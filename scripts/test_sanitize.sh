@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the native extension with AddressSanitizer and UndefinedBehaviorSanitizer into build/sanitize and runs the
-# kernels' tests with it, once per instruction set that this machine has. .venv lends its packages and stays as it is.
+# kernels' tests with it, once per instruction set that this machine has.
 # Usage: test_sanitize.sh [PYTEST ARGUMENT...], which name other tests than those of the kernels, the operators and
 # the formats.
 set -eu
@@ -10,32 +10,8 @@ fail() {
     exit 1
 }
 
-root=$PWD
-build=$root/build/sanitize
-python=$root/.venv/bin/python
-mkdir -p "$build"
-
-.venv/bin/cmake -G Ninja -S . -B "$build/cmake" -DCMAKE_MAKE_PROGRAM="$root/.venv/bin/ninja" \
-    -DPython_EXECUTABLE="$python" -DCMAKE_BUILD_TYPE=Debug -DFEWBIT_SANITIZE=ON >"$build/build.log" 2>&1 ||
-    fail "cmake failed, see $build/build.log"
-.venv/bin/cmake --build "$build/cmake" >>"$build/build.log" 2>&1 || fail "the compiler failed, see $build/build.log"
-
-# A package tree of its own: the sources as links, the extension beside them.
-rm -rf "$build/package"
-mkdir -p "$build/package/fewbit"
-ln -s "$root"/src/fewbit/* "$build/package/fewbit/"
-.venv/bin/cmake --install "$build/cmake" --prefix "$build/package" >>"$build/build.log"
-extension=$(echo "$build"/package/fewbit/_native*.so)
-[ -f "$extension" ] || fail "the extension was not built, see $build/build.log"
-
-# An environment of its own, because .venv's editable install would come before any path. A .pth file that names
-# .venv's directory adds its packages without running the .pth files in there.
-"$python" -m venv --without-pip --clear "$build/venv"
-site='import sysconfig; print(sysconfig.get_path("platlib"))'
-{
-    echo "$build/package"
-    "$python" -c "$site"
-} >"$("$build/venv/bin/python" -c "$site")/sanitize.pth"
+. "$(dirname "$0")/build_apart.sh"
+build_apart "$PWD/build/sanitize" -DCMAKE_BUILD_TYPE=Debug -DFEWBIT_SANITIZE=ON
 
 # The runtimes must be there before anything else: python itself is not linked with them, and AddressSanitizer looks
 # for the function that throws exceptions when it starts.
@@ -55,7 +31,7 @@ run() {
 }
 
 rm -f "$build"/report.*
-isas=$(run "$build/venv/bin/python" -c 'from fewbit import _native; print(*_native.available_isas())') ||
+isas=$(run "$python" -c 'from fewbit import _native; print(*_native.available_isas())') ||
     fail "the sanitized extension does not load"
 failed=
 # Parts that are malformed; with the widest also damaged files, whose crashes the sandbox reports. They encode, too.
@@ -73,7 +49,7 @@ for isa in $isas; do
     echo "Sanitized, $isa: $tests"
     # Only sys.stderr is captured: what a sanitizer writes before it ends the process must come through.
     # shellcheck disable=SC2086  # a list of arguments
-    FEWBIT_ISA=$isa run "$build/venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys -m "not slow" \
+    FEWBIT_ISA=$isa run "$python" -m pytest -q -p no:cacheprovider --capture=sys -m "not slow" \
         tests/native/check_sanitizers.py $tests || failed="$failed $isa"
 done
 for report in "$build"/report.*; do

@@ -21,11 +21,21 @@ inline __m512i broadcast4(const int8_t* four) {
 // sum += four products in each lane, unsigned weights times signed x. Written in assembly because GCC 12 copies
 // every accumulator of an array once per step around the intrinsic, which halves the speed.
 inline void accumulate(__m512i& sum, __m512i weights, __m512i x) {
+#ifdef FEWBIT_EMULATED
+    sum = _mm512_dpbusd_epi32(sum, weights, x);
+#else
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+#endif
 }
 
 // For all that the compiler knows, x is another one now: sums that are equal stay apart, and none is idle.
-inline void renew(__m512i& x) { __asm__ volatile("" : "+v"(x)); }
+inline void renew(__m512i& x) {
+#ifdef FEWBIT_EMULATED
+    __asm__ volatile("" : "+m"(x));
+#else
+    __asm__ volatile("" : "+v"(x));
+#endif
+}
 
 constexpr int kStep = 8;                          // chunks that the decoders' unrolled loops take at once
 
