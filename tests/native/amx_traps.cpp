@@ -178,7 +178,7 @@ void compare(int64_t tokens, int64_t rows, int64_t cols, int group, int bits, Co
     job.bias = bias.data();
     job.tokens = tokens;
     job.rows = rows;
-    job.cols = cols;
+    job.cols = job.stride = cols;
     job.group = group;
     job.bits = bits;
     job.code = code;

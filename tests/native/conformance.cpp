@@ -132,7 +132,7 @@ bool rotate_quantize(const Case& given) {
     job.q = q.data();
     job.scale = scale.data();
     job.sums = sums.data();
-    job.cols = cols;
+    job.cols = job.stride = cols;
     job.block = given.small("block");
     job.group = static_cast<int>(group);
     job.bits = given.small("bits");
@@ -178,7 +178,7 @@ bool packed_linear(const Case& given) {
     job.bf16 = given.small("bf16") != 0;
     job.tokens = given.value("tokens");
     job.rows = given.value("rows");
-    job.cols = given.value("cols");
+    job.cols = job.stride = given.value("cols");
     job.group = given.small("group");
     job.bits = given.small("bits");
     job.lane_groups = given.small("lane_groups");

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -40,9 +41,21 @@ bool workers_are_apart(int threads) {
     return sum == kCount;
 }
 
+// What a body throws reaches the caller, once; the pool serves on.
+bool throws(int threads) {
+    try {
+        parallel_for(threads, kCount, [](int64_t i, int) {
+            if (i % 50 == 49) throw std::bad_alloc();
+        });
+    } catch (const std::bad_alloc&) {
+        return adds_up(threads);
+    }
+    return false;
+}
+
 bool session(int threads) {
     const Session first(threads);
-    bool fine = in_session() && num_threads() == threads;
+    bool fine = in_session() && num_threads() == threads && throws(threads);
     for (int i = 0; i < 20; ++i) fine = adds_up(threads) && fine;
     const Session nested(1);
     return num_threads() == threads && workers_are_apart(threads) && fine;
@@ -54,7 +67,7 @@ bool caller(int number) {
     for (int i = 0; i < 40; ++i) {
         const int threads = 1 + (number + i) % 4;
         if (number == 0 && i % 8 == 0) set_num_threads(threads);
-        fine = adds_up(threads) && workers_are_apart(threads) && fine;
+        fine = adds_up(threads) && workers_are_apart(threads) && throws(threads) && fine;
         if (i % 5 == number % 5) fine = session(threads) && fine;
     }
     return fine;

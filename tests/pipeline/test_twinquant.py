@@ -21,7 +21,9 @@ from fewbit.math.hadamard import pack_signs, rotate
 from fewbit.math.manifolds import MOST_CONDITION, Invertible
 from fewbit.models import get_family
 from fewbit.modules import FewbitLinear
+from fewbit.pipeline import memory as memory_module
 from fewbit.pipeline.calibrate import LayerStream
+from fewbit.pipeline.descent import Descent
 from fewbit.pipeline.gains import with_gains
 from fewbit.pipeline.jobs import Shard, tensor_signs
 from fewbit.pipeline.learn import LearnedLinear
@@ -170,6 +172,33 @@ def test_learning_gains_keeps_rotations_orthogonal_and_leaves_an_equivalent_mode
     model, _ = load(tmp_path / "out", torch.float32)
     assert model.model.norm.rotation.shape == (288, 288)
     assert distance(tied_dir, tmp_path / "out", calibration_text) < 0.3
+
+
+class _Stepped(Exception):
+    pass
+
+
+def test_what_learning_keeps_or_computes_again_changes_no_gradient(tied_dir, calibration_text, tmp_path, monkeypatch):
+    """With no memory, with enough for the weights on new axes alone, with more than enough: up to the order of sums."""
+    moved, plain, found = [], LearnedLinear.moved, []
+
+    def stop(self, loss, share):
+        found.append((loss, len(moved), {name: gain.grad for name, gain in self.gains.items()}))
+        raise _Stepped
+
+    monkeypatch.setattr(LearnedLinear, "moved", lambda self: moved.append(self.name) or plain(self))
+    monkeypatch.setattr(Descent, "descend", stop)
+    for memory in (0, 20 << 20, 1 << 40):
+        monkeypatch.setattr(memory_module, "available_memory", lambda memory=memory: memory)
+        moved.clear()
+        with pytest.raises(_Stepped):
+            quantize(tied_dir, tmp_path / str(memory), options(act_bits=4, learn=True), [calibration_text])
+    (loss, calls, gradients), *others = found
+    assert calls > others[0][1] == others[1][1]
+    for other, _, other_gradients in others:
+        assert other == loss
+        for name, gradient in gradients.items():
+            assert (other_gradients[name] - gradient).norm() < 1e-4 * gradient.norm()
 
 
 def test_a_learned_branch_begins_on_axes_that_spread_h_evenly():

@@ -68,7 +68,7 @@ struct LaneProduct {
         const __m512i by_column = column_order();
         for (int64_t unit = 0; unit < job.cols / kLaneCols; ++unit)
             for (int64_t t = 0; t < count; ++t, out += kLaneCols) {
-                const __m512i q = _mm512_loadu_si512(job.q + (first + t) * job.cols + unit * kLaneCols);
+                const __m512i q = _mm512_loadu_si512(job.q + (first + t) * job.stride + unit * kLaneCols);
                 _mm512_storeu_si512(out, _mm512_permutexvar_epi8(by_column, q));
             }
     }
@@ -142,7 +142,7 @@ struct LaneProduct {
 
     template <int K, int T>
     static void multiply_tokens(const ProductJob& job, int64_t panel, ProductScratch& scratch) {
-        const int64_t groups = job.cols / job.group, units = job.group / kLaneCols;
+        const int64_t groups = job.cols / job.group, stride = job.stride / job.group, units = job.group / kLaneCols;
         const int64_t row_group = panel * kPanel, unit_bytes = 64 * 8 * K;
         const Decoder<K> decoder(job.tables);
         panel_scales(job, row_group, kPanel, scratch.scales);
@@ -158,7 +158,7 @@ struct LaneProduct {
             codes += units * unit_bytes;
             inputs += units * T * kLaneCols;
             for (int t = 0; t < T; ++t) {
-                const int64_t at = t * groups + g;
+                const int64_t at = t * stride + g;
                 const __m512i origin = _mm512_set1_epi32(kUnsigned * job.sums[at]);
                 __m512i rows[4];
                 add_lanes(sums[t], rows);

@@ -3,8 +3,6 @@
 
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -29,30 +27,13 @@ void packed_linear(const Array<const int8_t, 2>& q, const Array<const float, 2>&
     job.q = q.data();
     job.input_scale = input_scale.data();
     job.sums = sums.data();
+    job.stride = cols;
     nb::gil_scoped_release release;
     ProductMemory memory;
     multiply(&job, 1, memory);
 }
 
 using Shift = std::optional<Array<const float, 1>>;
-
-// Inputs quantized within a call.
-struct Quantized {
-    std::unique_ptr<int8_t[]> q;
-    std::unique_ptr<float[]> scale;
-    std::unique_ptr<int32_t[]> sums;
-
-    Quantized(int64_t tokens, int64_t cols, int64_t groups)
-        : q(new int8_t[static_cast<size_t>(tokens * cols)]),
-          scale(new float[static_cast<size_t>(tokens * groups)]),
-          sums(new int32_t[static_cast<size_t>(tokens * groups)]) {}
-};
-
-void set_inputs(ProductJob& job, const Quantized& inputs) {
-    job.q = inputs.q.get();
-    job.input_scale = inputs.scale.get();
-    job.sums = inputs.sums.get();
-}
 
 // The rotation of inputs x, to be quantized in groups of `group`.
 RotateJob rotation_of(const Floats& x, const std::optional<Signs>& signs, int block, int group, int act_bits,
@@ -72,13 +53,6 @@ RotateJob rotation_of(const Floats& x, const std::optional<Signs>& signs, int bl
     return job;
 }
 
-void quantize(RotateJob job, int64_t tokens, const Quantized& to) {
-    job.q = to.q.get();
-    job.scale = to.scale.get();
-    job.sums = to.sums.get();
-    rotate(job, tokens);
-}
-
 // Both steps in one call, for every matrix that reads the same inputs.
 void linear(const Floats& x, const std::optional<Signs>& signs, int block, int act_bits,
             const std::vector<const Matrix*>& matrices, const std::vector<Floats>& outs, const Shift& shift) {
@@ -95,24 +69,16 @@ void linear(const Floats& x, const std::optional<Signs>& signs, int block, int a
         jobs.push_back(matrices[i]->job(outs[i], tokens));
     }
     nb::gil_scoped_release release;
-    const Quantized inputs(tokens, cols, cols / group);
-    quantize(rotation, tokens, inputs);
-    for (ProductJob& job : jobs) set_inputs(job, inputs);
+    QuantizedInputs inputs;
+    inputs.at_least(tokens, cols, group);
+    inputs.quantize(rotation, tokens);
+    for (ProductJob& job : jobs) inputs.set(job);
     ProductMemory memory;
     multiply(jobs.data(), static_cast<int>(jobs.size()), memory);
 }
 
-// Token by token, `first` entries of a followed by `second` ones of b.
-template <class T>
-void join(const T* a, int64_t first, const T* b, int64_t second, int64_t tokens, T* out) {
-    for (int64_t t = 0; t < tokens; ++t, out += first + second) {
-        std::copy(a + t * first, a + (t + 1) * first, out);
-        std::copy(b + t * second, b + (t + 1) * second, out + first);
-    }
-}
-
-// A twin layer: the inputs are quantized once, the low-rank part's product is quantized where it lies in cache and
-// becomes further inputs of one product with both components side by side.
+// A twin layer: the inputs are quantized once, and the low-rank part's product is quantized to beside them, as further
+// inputs of one product with both components side by side.
 void twin_linear(const Floats& x, const std::optional<Signs>& signs, int block, int act_bits, const Matrix& down,
                  const Matrix& both, const Floats& out, const Shift& shift) {
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
@@ -123,25 +89,22 @@ void twin_linear(const Floats& x, const std::optional<Signs>& signs, int block, 
     const RotateJob rotation = rotation_of(x, signs, block, group, act_bits, shift);
     ProductJob second = both.job(out, tokens);
     nb::gil_scoped_release release;
-    const Quantized inputs(tokens, cols, cols / group), middle(tokens, rank, rank / group);
-    const Quantized joined(tokens, all, all / group);
-    quantize(rotation, tokens, inputs);
-    const std::unique_ptr<float[]> h(new float[static_cast<size_t>(tokens * rank)]);
-    ProductJob first = down.job(h.get(), tokens);
-    set_inputs(first, inputs);
+    QuantizedInputs inputs;
+    inputs.at_least(tokens, all, group);
+    inputs.quantize(rotation, tokens);
+    Buffer<float> h;
+    ProductJob first = down.job(h.at_least(static_cast<size_t>(tokens * rank)), tokens);
+    inputs.set(first);
     ProductMemory memory;
     multiply(&first, 1, memory);
     RotateJob plain{};
-    plain.x = h.get();
+    plain.x = h.data();
     plain.cols = rank;
     plain.block = 1;
     plain.group = group;
     plain.bits = act_bits;
-    quantize(plain, tokens, middle);
-    join(inputs.q.get(), cols, middle.q.get(), rank, tokens, joined.q.get());
-    join(inputs.scale.get(), cols / group, middle.scale.get(), rank / group, tokens, joined.scale.get());
-    join(inputs.sums.get(), cols / group, middle.sums.get(), rank / group, tokens, joined.sums.get());
-    set_inputs(second, joined);
+    inputs.quantize(plain, tokens, cols);
+    inputs.set(second);
     multiply(&second, 1, memory);
 }
 

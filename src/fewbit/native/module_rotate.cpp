@@ -51,7 +51,7 @@ RotateJob job_of(const char* name, const Floats& x, const std::optional<Signs>& 
     job.q = q.data();
     job.scale = scale.data();
     job.sums = sums.data();
-    job.cols = cols;
+    job.cols = job.stride = cols;
     job.block = block;
     job.group = group;
     job.bits = bits;

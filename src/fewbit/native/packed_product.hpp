@@ -123,7 +123,7 @@ void pack_tokens(const ProductJob& job, int64_t block) {
     const int64_t count = job.tokens - first < V::kBlock ? job.tokens - first : V::kBlock;
     int8_t* out = job.packed + first * job.cols;
     for (int64_t t = 0; t < count; ++t) {
-        const int8_t* from = job.q + (first + t) * job.cols;
+        const int8_t* from = job.q + (first + t) * job.stride;
         for (int64_t c = 0; c < job.cols / 4; ++c) __builtin_memcpy(out + (c * count + t) * 4, from + c * 4, 4);
     }
 }

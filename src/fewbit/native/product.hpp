@@ -27,9 +27,9 @@ enum class Code {
 
 // out = q W' + bias: exact integer sums per group, times (weight scale * input scale), groups in order.
 struct ProductJob {
-    const int8_t* q;                                          // [tokens, cols], within +-127
-    const float* input_scale;                                 // [tokens, cols / group]
-    const int32_t* sums;                                      // [tokens, cols / group]
+    const int8_t* q;                                          // [tokens, cols of stride], within +-127
+    const float* input_scale;                                 // [tokens, cols / group of stride / group]
+    const int32_t* sums;                                      // [tokens, cols / group of stride / group]
     const uint8_t* codes;                                     // [row groups, 2 k cols]
     const uint16_t* scales;                                   // [rows, cols / group] half floats as their bits
     float scale;                                              // of the whole tensor
@@ -38,6 +38,7 @@ struct ProductJob {
     void* out;                                                // [tokens, rows] float, or bfloat16 as its bits
     bool bf16;
     int64_t tokens, rows, cols;
+    int64_t stride;                                           // columns from a token's inputs to the next one's
     int group;                                                // a multiple of 32, at most kMaxGroup
     int bits;
     Code code;

@@ -60,20 +60,21 @@ int8_t* packed_block(const ProductJob& job, int64_t block) {
 
 // A half without tokens stays as it is: nothing reads it.
 void pack(const ProductJob& job, int64_t block) {
-    const int64_t first = block * kBlock, groups = job.cols / job.group, steps = job.group / kDepth;
+    const int64_t first = block * kBlock, groups = job.cols / job.group, stride = job.stride / job.group;
+    const int64_t steps = job.group / kDepth;
     const int count = job.tokens - first < kBlock ? static_cast<int>(job.tokens - first) : kBlock;
     int8_t* out = packed_block(job, block);
     for (int64_t g = 0; g < groups; ++g, out += packed_group(job)) {
         for (int t = 0; t < (count > 16 ? kBlock : 16); ++t) {
             int8_t* to = out + t / 16 * steps * kTileBytes + t % 16 * kDepth;
-            const int8_t* from = job.q + (first + t) * job.cols + g * job.group;
+            const int8_t* from = job.q + (first + t) * job.stride + g * job.group;
             for (int64_t k = 0; k < steps; ++k, to += kTileBytes, from += kDepth) {
                 if (t < count) __builtin_memcpy(to, from, kDepth);
                 else __builtin_memset(to, 0, kDepth);
             }
         }
         float* scales = reinterpret_cast<float*>(out + kBlock * job.group);
-        for (int t = 0; t < count; ++t) scales[t] = job.input_scale[(first + t) * groups + g];
+        for (int t = 0; t < count; ++t) scales[t] = job.input_scale[(first + t) * stride + g];
     }
 }
 

@@ -59,7 +59,7 @@ struct Wide {
 
     template <int T>
     static void tile(const ProductJob& job, const Tile& tile) {
-        const int64_t groups = job.cols / job.group, first = tile.token * groups + tile.g;
+        const int64_t groups = job.stride / job.group, first = tile.token * groups + tile.g;
         __m512i a[T], b[T];
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t) a[t] = b[t] = _mm512_set1_epi32(-kUnsigned * job.sums[first + t * groups]);
@@ -114,7 +114,7 @@ struct Few {
     }
 
     static void multiply(const ProductJob& job, int64_t row_group, const Decoder& decoder, ProductScratch& scratch) {
-        const int64_t groups = job.cols / job.group;
+        const int64_t groups = job.cols / job.group, stride = job.stride / job.group;
         panel_scales(job, row_group, 1, scratch.scales);
         __m512 total[T];
         for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
@@ -123,8 +123,8 @@ struct Few {
             const int8_t* inputs[T];
             __m512i dots[T][copies];
             for (int t = 0; t < T; ++t) {
-                inputs[t] = job.q + t * job.cols + g * job.group;
-                dots[t][0] = _mm512_set1_epi32(-Decoder::kOrigin * job.sums[t * groups + g]);
+                inputs[t] = job.q + t * job.stride + g * job.group;
+                dots[t][0] = _mm512_set1_epi32(-Decoder::kOrigin * job.sums[t * stride + g]);
                 for (int i = 1; i < copies; ++i) dots[t][i] = _mm512_setzero_si512();
             }
             step<true>(decoder, codes, inputs, 0, dots);
@@ -133,7 +133,7 @@ struct Few {
             const __m512 scale = load_scales(scratch.scales + g * kTileRows, job.scale);
             for (int t = 0; t < T; ++t) {
                 for (int i = 1; i < copies; ++i) dots[t][0] = _mm512_add_epi32(dots[t][0], dots[t][i]);
-                total[t] = add_scaled(total[t], dots[t][0], scale, job.input_scale[t * groups + g]);
+                total[t] = add_scaled(total[t], dots[t][0], scale, job.input_scale[t * stride + g]);
             }
         }
         for (int t = 0; t < T; ++t) write_sums(job, t, row_group, total[t]);

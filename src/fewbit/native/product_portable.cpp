@@ -70,7 +70,7 @@ struct Plain {
             for (int t = 0; t < T; ++t)
                 for (int r = 0; r < kTileRows; ++r)
                     for (int i = 0; i < 4; ++i) dots[t][r] += weights[4 * r + i] * inputs[4 * t + i];
-        const int64_t groups = job.cols / job.group;
+        const int64_t groups = job.stride / job.group;
         for (int r = 0; r < kTileRows; ++r) {
             const float weight_scale = half_to_float(tile.scales[r]) * job.scale;
             for (int t = 0; t < T; ++t) {
@@ -91,7 +91,7 @@ void multiply_cached_tile(int64_t steps) {
     const float input_scale[Plain::kBlock] = {};
     float total[Plain::kBlock * kTileRows] = {};
     ProductJob job{};
-    job.cols = job.group = kMaxGroup;
+    job.cols = job.stride = job.group = kMaxGroup;
     job.input_scale = input_scale;
     const Tile tile{weights, inputs, scales, total, 0, 0};
     for (; steps > 0; --steps) {

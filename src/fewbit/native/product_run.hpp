@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "product.hpp"
+#include "rotate.hpp"
 
 namespace fewbit {
 
@@ -34,6 +35,40 @@ private:
     };
     std::unique_ptr<T, Free> memory_;
     size_t size_ = 0;
+};
+
+// Quantized inputs of products: `stride` columns per token, of which a product may read the first ones alone.
+class QuantizedInputs {
+public:
+    void at_least(int64_t tokens, int64_t stride, int64_t group) {
+        stride_ = stride;
+        group_ = group;
+        q_.at_least(static_cast<size_t>(tokens * stride));
+        scale_.at_least(static_cast<size_t>(tokens * (stride / group)));
+        sums_.at_least(static_cast<size_t>(tokens * (stride / group)));
+    }
+
+    // Quantizes into the columns from `first` on, which begin a scale group.
+    void quantize(RotateJob job, int64_t tokens, int64_t first = 0) {
+        job.q = q_.data() + first;
+        job.scale = scale_.data() + first / group_;
+        job.sums = sums_.data() + first / group_;
+        job.stride = stride_;
+        rotate(job, tokens);
+    }
+
+    void set(ProductJob& job) {
+        job.q = q_.data();
+        job.input_scale = scale_.data();
+        job.sums = sums_.data();
+        job.stride = stride_;
+    }
+
+private:
+    Buffer<int8_t> q_;
+    Buffer<float> scale_;
+    Buffer<int32_t> sums_;
+    int64_t stride_ = 0, group_ = 0;
 };
 
 // What products need beside their jobs; kept from one call to the next, nothing is allocated once it is large enough.

@@ -124,7 +124,7 @@ struct Narrow {
 
     template <int T>
     static void tile(const ProductJob& job, const Tile& tile) {
-        const int64_t groups = job.cols / job.group, first = tile.token * groups + tile.g;
+        const int64_t groups = job.stride / job.group, first = tile.token * groups + tile.g;
         __m256i a[T], b[T];
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) a[t] = b[t] = _mm256_setzero_si256();
@@ -264,7 +264,7 @@ struct Lanes {
         int8_t* out = job.packed + first * job.cols * kPacked;
         for (int64_t unit = 0; unit < job.cols / kLaneCols; ++unit)
             for (int64_t t = 0; t < count; ++t, out += kLaneCols * kPacked)
-                pack_unit(job.q + (first + t) * job.cols + unit * kLaneCols, out);
+                pack_unit(job.q + (first + t) * job.stride + unit * kLaneCols, out);
     }
 
     static void pack_unit(const int8_t* q, int8_t* out) {
@@ -325,7 +325,7 @@ struct Lanes {
 
     template <int T>
     static void tile(const ProductJob& job, const Tile& tile) {
-        const int64_t groups = job.cols / job.group, first = tile.token * groups + tile.g;
+        const int64_t groups = job.stride / job.group, first = tile.token * groups + tile.g;
         __m256i sums[T][kTileRows];
         for (int t = 0; t < T; ++t)
             for (int r = 0; r < kTileRows; ++r) sums[t][r] = _mm256_setzero_si256();

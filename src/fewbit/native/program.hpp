@@ -54,13 +54,6 @@ private:
     std::vector<CacheHead> heads_;
 };
 
-// Inputs quantized for a product.
-struct QuantizedInputs {
-    Buffer<int8_t> q;
-    Buffer<float> scale;
-    Buffer<int32_t> sums;
-};
-
 class Program;
 
 // What a forward works on. `rows` are the rows that steps process: all tokens, and after Select the wanted ones.
@@ -110,7 +103,7 @@ public:
 
     Cache cache;
     ProductMemory products;
-    QuantizedInputs inputs, middle, joined;
+    QuantizedInputs inputs;
     Buffer<float> partial;                        // attention's states of segments
     std::unique_ptr<std::atomic<int>[]> left;     // segments of a tile and key head that are not done
 

@@ -24,10 +24,11 @@ struct RotateJob {
     const void* x;                                            // [tokens, cols] float, or bfloat16 as its bits
     bool bf16;
     const uint8_t* signs;                                     // bits [cols / 8], set where -1; null: none
-    int8_t* q;                                                // [tokens, cols]
-    float* scale;                                             // [tokens, cols / group]
-    int32_t* sums;                                            // [tokens, cols / group]
+    int8_t* q;                                                // [tokens, cols of stride]
+    float* scale;                                             // [tokens, cols / group of stride / group]
+    int32_t* sums;                                            // [tokens, cols / group of stride / group]
     int64_t cols;                                             // a multiple of the larger of block and group
+    int64_t stride;                                           // columns from a token's q to the next one's
     int block;                                                // 32, 64, 128 or 256; 1: no rotation
     int group;                                                // 32, 64, ... kMaxGroup; block divides it or it block
     int bits = 8;                                             // of q, or 4

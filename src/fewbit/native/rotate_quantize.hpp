@@ -88,7 +88,7 @@ inline void quantize_group(const RotateJob& job, const float* y, int8_t* q, floa
 
 template <class V, class T, Prologue P>
 void rotate_quantize_token(const RotateJob& job, int64_t token) {
-    const int64_t groups = job.cols / job.group, offset = token * job.cols;
+    const int64_t offset = token * job.cols, q = token * job.stride;
     const int unit = job.block > job.group ? job.block : job.group;
     float factor = 0;
     if constexpr (P == Prologue::rms_norm)
@@ -100,8 +100,8 @@ void rotate_quantize_token(const RotateJob& job, int64_t token) {
         prepare<V, T, P>(job, offset, first, count, factor, y);
         rotate_blocks<V>(y, count, job.block);
         for (int col = 0; col < count; col += job.group) {
-            const int64_t g = token * groups + (first + col) / job.group;
-            quantize_group<V>(job, y + col, job.q + offset + first + col, job.scale + g, job.sums + g);
+            const int64_t at = q + first + col, g = at / job.group;
+            quantize_group<V>(job, y + col, job.q + at, job.scale + g, job.sums + g);
         }
     }
 }

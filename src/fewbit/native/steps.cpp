@@ -20,31 +20,18 @@ void for_rows(int64_t rows, int64_t cols, const Body& body) {
     fewbit::run(threads_for(rows * cols, kElements), rows, body);
 }
 
-void reserve(QuantizedInputs& inputs, int64_t tokens, int64_t cols, int64_t group) {
-    inputs.q.at_least(static_cast<size_t>(tokens * cols));
-    inputs.scale.at_least(static_cast<size_t>(tokens * (cols / group)));
-    inputs.sums.at_least(static_cast<size_t>(tokens * (cols / group)));
-}
-
-void quantize(RotateJob job, int64_t tokens, QuantizedInputs& to) {
-    job.q = to.q.data();
-    job.scale = to.scale.data();
-    job.sums = to.sums.data();
-    rotate(job, tokens);
-}
-
-void quantize(const Forward& forward, const LinearInputs& inputs, QuantizedInputs& to) {
+// Quantizes the inputs of a step, `stride` columns apart.
+void quantize(const Forward& forward, const LinearInputs& inputs, int64_t stride) {
     RotateJob job = inputs.rotation;
     job.x = forward.buffer(inputs.buffer);
     if (inputs.up >= 0) job.up = forward.buffer(inputs.up);
-    quantize(job, forward.rows, to);
+    forward.program.inputs.at_least(forward.rows, stride, job.group);
+    forward.program.inputs.quantize(job, forward.rows);
 }
 
-void set_inputs(ProductJob& job, QuantizedInputs& inputs, int64_t tokens) {
-    job.q = inputs.q.data();
-    job.input_scale = inputs.scale.data();
-    job.sums = inputs.sums.data();
-    job.tokens = tokens;
+void set_inputs(const Forward& forward, ProductJob& job) {
+    forward.program.inputs.set(job);
+    job.tokens = forward.rows;
 }
 
 // Byte `index` of the stream of a row group in scale group g, in whichever order the codes stand.
@@ -91,13 +78,6 @@ void transform(float* x, int block) {
     for (int i = 0; i < block; ++i) x[i] *= norm;
 }
 
-// Token by token, `first` entries of a followed by `second` ones of b.
-template <class T>
-void join(const T* a, int64_t first, const T* b, int64_t second, int64_t token, T* out) {
-    std::copy(a + token * first, a + (token + 1) * first, out + token * (first + second));
-    std::copy(b + token * second, b + (token + 1) * second, out + token * (first + second) + first);
-}
-
 }  // namespace
 
 void EmbedDense::run(Forward& forward) {
@@ -131,13 +111,13 @@ void EmbedPacked::run(Forward& forward) {
 
 Linears::Linears(Program& program, const LinearInputs& inputs, std::vector<ProductJob> jobs, std::vector<int> outs)
     : inputs_(inputs), jobs_(std::move(jobs)), outs_(std::move(outs)) {
-    reserve(program.inputs, program.shape().block, inputs_.rotation.cols, inputs_.rotation.group);
+    program.inputs.at_least(program.shape().block, inputs_.rotation.cols, inputs_.rotation.group);
 }
 
 void Linears::run(Forward& forward) {
-    quantize(forward, inputs_, forward.program.inputs);
+    quantize(forward, inputs_, inputs_.rotation.cols);
     for (size_t i = 0; i < jobs_.size(); ++i) {
-        set_inputs(jobs_[i], forward.program.inputs, forward.rows);
+        set_inputs(forward, jobs_[i]);
         jobs_[i].out = forward.buffer(outs_[i]);
     }
     multiply(jobs_.data(), static_cast<int>(jobs_.size()), forward.program.products);
@@ -146,19 +126,17 @@ void Linears::run(Forward& forward) {
 TwinLinears::TwinLinears(Program& program, const LinearInputs& inputs, std::vector<ProductJob> down,
                          std::vector<ProductJob> both, std::vector<int> outs)
     : inputs_(inputs), down_(std::move(down)), both_(std::move(both)), outs_(std::move(outs)), hidden_(down_.size()) {
-    const int64_t block = program.shape().block, group = inputs_.rotation.group;
-    reserve(program.inputs, block, inputs_.rotation.cols, group);
     for (size_t i = 0; i < down_.size(); ++i) {
-        reserve(program.middle, block, down_[i].rows, group);
-        reserve(program.joined, block, both_[i].cols, group);
-        hidden_[i].at_least(static_cast<size_t>(block * down_[i].rows));
+        stride_ = std::max(stride_, both_[i].cols);
+        hidden_[i].at_least(static_cast<size_t>(program.shape().block * down_[i].rows));
     }
+    program.inputs.at_least(program.shape().block, stride_, inputs_.rotation.group);
 }
 
 void TwinLinears::run(Forward& forward) {
-    quantize(forward, inputs_, forward.program.inputs);
+    quantize(forward, inputs_, stride_);
     for (size_t i = 0; i < down_.size(); ++i) {
-        set_inputs(down_[i], forward.program.inputs, forward.rows);
+        set_inputs(forward, down_[i]);
         down_[i].out = hidden_[i].data();
     }
     multiply(down_.data(), static_cast<int>(down_.size()), forward.program.products);
@@ -166,21 +144,14 @@ void TwinLinears::run(Forward& forward) {
 }
 
 void TwinLinears::second(Forward& forward, size_t index) {
-    QuantizedInputs &a = forward.program.inputs, &b = forward.program.middle, &both = forward.program.joined;
-    const int64_t cols = inputs_.rotation.cols, rank = down_[index].rows, group = inputs_.rotation.group;
     RotateJob job{};
     job.x = hidden_[index].data();
-    job.cols = rank;
+    job.cols = down_[index].rows;
     job.block = 1;
-    job.group = static_cast<int>(group);
+    job.group = inputs_.rotation.group;
     job.bits = inputs_.rotation.bits;
-    quantize(job, forward.rows, b);
-    for_rows(forward.rows, cols, [&](int64_t row, int) {
-        join(a.q.data(), cols, b.q.data(), rank, row, both.q.data());
-        join(a.scale.data(), cols / group, b.scale.data(), rank / group, row, both.scale.data());
-        join(a.sums.data(), cols / group, b.sums.data(), rank / group, row, both.sums.data());
-    });
-    set_inputs(both_[index], both, forward.rows);
+    forward.program.inputs.quantize(job, forward.rows, inputs_.rotation.cols);
+    set_inputs(forward, both_[index]);
     both_[index].out = forward.buffer(outs_[index]);
     multiply(&both_[index], 1, forward.program.products);
 }

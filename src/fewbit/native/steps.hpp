@@ -58,7 +58,7 @@ private:
     std::vector<int> outs_;
 };
 
-// The same for matrices of two components: the product with `down`, quantized, becomes further inputs of `both`.
+// The same for matrices of two components: the product with `down` is quantized to beside the inputs of `both`.
 class TwinLinears : public Step {
 public:
     TwinLinears(Program& program, const LinearInputs& inputs, std::vector<ProductJob> down, std::vector<ProductJob> both,
@@ -72,6 +72,7 @@ private:
     std::vector<ProductJob> down_, both_;
     std::vector<int> outs_;
     std::vector<Buffer<float>> hidden_;           // products with `down`
+    int64_t stride_ = 0;                          // columns per token: the inputs and the longest of these products
 };
 
 // Products with bfloat16 matrices.

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -95,7 +96,26 @@ public:
             wake_.notify_all();
         }
         work(0);
-        if (state_.fetch_and(~kOpen) == (round | kOpen)) return;
+        if (state_.fetch_and(~kOpen) != (round | kOpen)) wait_for_workers(round);
+        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+    }
+
+private:
+    static constexpr uint64_t kRound = uint64_t{1} << 32, kOpen = uint64_t{1} << 31;  // below: workers inside
+    static constexpr int kSpins = 4000;           // some 50 to 100 microseconds
+
+    // What the body throws first is kept for the caller, and nothing more is handed out.
+    void work(int worker) {
+        try {
+            for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*body_)(i, worker);
+        } catch (...) {
+            next_.store(count_, std::memory_order_relaxed);
+            std::lock_guard<std::mutex> hold(mutex_);
+            if (!failure_) failure_ = std::current_exception();
+        }
+    }
+
+    void wait_for_workers(uint64_t round) {
         for (int i = 0; i < kSpins; ++i) {
             if (state_.load(std::memory_order_acquire) == round) return;
             pause(i);
@@ -104,14 +124,6 @@ public:
         std::unique_lock<std::mutex> hold(mutex_);
         done_.wait(hold, [&] { return state_.load() == round; });
         waiting_.store(false);
-    }
-
-private:
-    static constexpr uint64_t kRound = uint64_t{1} << 32, kOpen = uint64_t{1} << 31;  // below: workers inside
-    static constexpr int kSpins = 4000;           // some 50 to 100 microseconds
-
-    void work(int worker) {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*body_)(i, worker);
     }
 
     // A new round that is open, or the end.
@@ -156,6 +168,7 @@ private:
     std::condition_variable wake_, done_;
     const BodyRef* body_ = nullptr;
     int64_t count_ = 0;
+    std::exception_ptr failure_;
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint64_t> state_{0};
     std::atomic<int> sleepers_{0};

@@ -31,7 +31,8 @@ private:
 void parallel_for_ref(int threads, int64_t count, const BodyRef& body);
 
 // Calls body(index, worker) for every index in [0, count) with worker < threads; indices are handed out one by one.
-// Returns when all are done. A second caller meanwhile works alone, as worker 0 of its own. The body must not throw.
+// Returns when all are done. A second caller meanwhile works alone, as worker 0 of its own. What a body throws, some
+// further bodies may or may not run, then the caller gets it.
 template <class Body>
 void parallel_for(int threads, int64_t count, const Body& body) {
     parallel_for_ref(threads, count, BodyRef(body));

@@ -130,6 +130,7 @@ class LearnedLinear(nn.Module):
         self.bias = bias
         self.axes: EquivalentSource
         self.onto: torch.Tensor | None = None  # the map `[K, K]` to the axes of the moment, for inputs that share it
+        self.kept: torch.Tensor | None = None  # what `moved` gave for the step
         self.start: torch.Tensor | None = None
         self.balanced = False
         self.factor: Any = None
@@ -180,7 +181,7 @@ class LearnedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group, act_bits = self.spec.group, self.spec.act_bits
-        weight = self.moved()
+        weight = self.moved() if self.kept is None else self.kept
         mean = x.detach().flatten(0, -2).mean(0) * self.center
         seen = straight_through(self._rotated(x - mean), group, act_bits)
         y, residual = self._rotated(mean) @ weight.T, weight
@@ -219,10 +220,13 @@ class Learner:
         width = source.shape(f"{self.family.embed}.weight")[1]
         self.axes = Axes(source, self.family, start, width)
         self.linears: dict[str, LearnedLinear] = {}
+        self.layers: list[list[LearnedLinear]] = [[] for _ in range(len(self.stream))]
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # weights and biases in full precision
         # As in tuning: what is kept for the way back takes memory, what is computed again takes time.
         kept = weight_bytes(plan) + activation_bytes(plan, WINDOWS_PER_STEP * self.windows.shape[1])
         self.recompute = computed_again(kept)
+        # Of all that is computed again, the weights on the axes of the moment take the most time for their memory.
+        self.keeps_moved = self.recompute and not computed_again(moved_bytes(plan))
 
     def run(self) -> None:
         """Learn, and write the transform and the branches; does nothing where that is done."""
@@ -261,6 +265,7 @@ class Learner:
                 norm is not None,
                 self.plan.options["init"],
             )
+            self.layers[tensor.layer].append(self.linears[tensor.module])
             model.set_submodule(tensor.module, self.linears[tensor.module])
         for part in (*(f"{self.family.layers}.{index}" for index in range(len(self.stream))), self.family.final_norm):
             self.stream.load(part)
@@ -307,7 +312,7 @@ class Learner:
             linear.axes = live
             if linear.behind_norm and linear.unit not in maps:
                 maps[linear.unit] = linear.map_onto()
-            linear.onto = maps.get(linear.unit)
+            linear.onto, linear.kept = maps.get(linear.unit), None
         for name in self.axes.start.gains:
             _set(self.stream.model.get_submodule(name), "weight", live.gain(name))
         for name, (weight, bias) in self.kept.items():
@@ -325,6 +330,9 @@ class Learner:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             for index in range(len(self.stream)):
                 layer = partial(self.stream.call_layer, index)
+                if self.keeps_moved and torch.is_grad_enabled():
+                    for linear in self.layers[index]:
+                        linear.kept = linear.moved()
                 hidden = checkpoint(layer, hidden, use_reentrant=False) if self.recompute else layer(hidden)
         norm = self.stream.model.get_submodule(self.family.final_norm)
         last = norm(hidden).flatten(0, 1)
@@ -372,9 +380,14 @@ class Learner:
         found.save(self.work / TRANSFORM)
 
 
+def moved_bytes(plan: Plan) -> int:
+    """What the weights on the axes of the moment take."""
+    return 4 * sum(tensor.weights for tensor in plan.tensors if tensor.kind == "body")
+
+
 def weight_bytes(plan: Plan) -> int:
     """What a step keeps of the weights for the way back."""
-    return 4 * WEIGHT_COPIES * sum(tensor.weights for tensor in plan.tensors if tensor.kind == "body")
+    return WEIGHT_COPIES * moved_bytes(plan)
 
 
 def _set(module: Any, name: str, tensor: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from fewbit.formats import GroupFormat, get_format, group_format
 from fewbit.math.rounding import inverse_factor, quantize_rotated
 from fewbit.pipeline.calibrate import WINDOWS_PER_BATCH, bfloat16_products
 from fewbit.pipeline.descent import WINDOWS_PER_STEP
-from fewbit.pipeline.learn import weight_bytes
+from fewbit.pipeline.learn import moved_bytes, weight_bytes
 from fewbit.pipeline.memory import activation_bytes, computed_again, rounding_bytes
 from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.tune_layers import EPOCHS, LEARNED
@@ -99,7 +99,10 @@ def _memory(plan: Plan, windows: torch.Tensor | None) -> int:
         kept = activation_bytes(plan, WINDOWS_PER_STEP * windows.shape[1])
         if plan.options["learn"]:
             kept += weight_bytes(plan)
-        return int(present + 1.5 * whole + (kept / len(layers) if computed_again(kept) else kept))
+        if computed_again(kept):
+            moved = moved_bytes(plan) if plan.options["learn"] else 0
+            kept = kept // len(layers) + (0 if computed_again(moved) else moved)
+        return int(present + 1.5 * whole + kept)
     return int(present + hidden + max(largest_layer, table_bytes) + hessian + rounding)
 
 
