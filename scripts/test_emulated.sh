@@ -16,7 +16,7 @@ missing=
 # shellcheck disable=SC2086  # a list of names
 install_missing $missing
 . "$(dirname "$0")/build_apart.sh"
-build_apart "$PWD/build/emulated" -DCMAKE_BUILD_TYPE=Debug -DFEWBIT_EMULATE=ON
+build_apart "$PWD/build/emulated" -DCMAKE_BUILD_TYPE=None -DFEWBIT_EMULATE=ON
 
 names='from fewbit import _native; print(*_native.available_isas(), *_native.emulated_isas())'
 isas=$("$python" -c "$names")
