@@ -27,5 +27,6 @@ for isa in avxvnni avx512 amx-emulated; do
     esac
 done
 echo "Emulated: $isas"
-[ $# -gt 0 ] || set -- tests/native/test_*.py tests/ops tests/math tests/runtime/test_sampling.py tests/test_modules.py
+[ $# -gt 0 ] || set -- tests/native/test_*.py tests/ops tests/math tests/runtime/test_sampling.py tests/test_modules.py \
+    tests/pipeline/test_calibrate.py
 exec "$python" -m pytest -q -p no:cacheprovider -m "not slow" "$@"

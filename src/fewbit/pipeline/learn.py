@@ -130,7 +130,7 @@ class LearnedLinear(nn.Module):
         self.bias = bias
         self.axes: EquivalentSource
         self.onto: torch.Tensor | None = None  # the map `[K, K]` to the axes of the moment, for inputs that share it
-        self.kept: torch.Tensor | None = None  # what `moved` gave for the step
+        self.moved_ahead: torch.Tensor | None = None  # what `moved` gives in this step
         self.start: torch.Tensor | None = None
         self.balanced = False
         self.factor: Any = None
@@ -181,7 +181,7 @@ class LearnedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group, act_bits = self.spec.group, self.spec.act_bits
-        weight = self.moved() if self.kept is None else self.kept
+        weight = self.moved() if self.moved_ahead is None else self.moved_ahead
         mean = x.detach().flatten(0, -2).mean(0) * self.center
         seen = straight_through(self._rotated(x - mean), group, act_bits)
         y, residual = self._rotated(mean) @ weight.T, weight
@@ -312,7 +312,7 @@ class Learner:
             linear.axes = live
             if linear.behind_norm and linear.unit not in maps:
                 maps[linear.unit] = linear.map_onto()
-            linear.onto, linear.kept = maps.get(linear.unit), None
+            linear.onto, linear.moved_ahead = maps.get(linear.unit), None
         for name in self.axes.start.gains:
             _set(self.stream.model.get_submodule(name), "weight", live.gain(name))
         for name, (weight, bias) in self.kept.items():
@@ -332,7 +332,7 @@ class Learner:
                 layer = partial(self.stream.call_layer, index)
                 if self.keeps_moved and torch.is_grad_enabled():
                     for linear in self.layers[index]:
-                        linear.kept = linear.moved()
+                        linear.moved_ahead = linear.moved()
                 hidden = checkpoint(layer, hidden, use_reentrant=False) if self.recompute else layer(hidden)
         norm = self.stream.model.get_submodule(self.family.final_norm)
         last = norm(hidden).flatten(0, 1)
